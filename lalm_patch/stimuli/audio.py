@@ -84,8 +84,8 @@ def _check_container(data: bytes, name: str) -> None:
         _check_wav_sizes(data, name)
     else:
         raise AudioError(
-            f"{name}: expected a WAV or FLAC file, got one that starts with {data[:12]!r}; "
-            "convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`"
+            f"{name}: expected a WAV or FLAC file, got one that starts with {data[:12]!r}; if it is audio, "
+            "convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`, else replace it"
         )
 
 

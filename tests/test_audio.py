@@ -1,0 +1,275 @@
+"""Files are written byte by byte with `struct`, so that what they hold is known without the library under test."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lalm_patch.errors import AudioError, ConfigError
+from lalm_patch.stimuli import SAMPLING_RATE, corrupt, read_audio, silence
+
+COUNT = 3_200  # samples: 0.2 s
+RAMP = [(37 * k) % 60_001 - 30_000 for k in range(COUNT)]
+
+
+def chunk(name: bytes, body: bytes, size: int | None = None, order: str = "<") -> bytes:
+    padding = b"\0" * (len(body) % 2)
+    return struct.pack(f"{order}4sI", name, len(body) if size is None else size) + body + padding
+
+
+def wav(
+    body: bytes,
+    *,
+    bits: int = 16,
+    channels: int = 1,
+    rate: int = SAMPLING_RATE,
+    tag: int = 1,
+    declared: int | None = None,
+    before: bytes = b"",
+    after: bytes = b"",
+    magic: bytes = b"RIFF",
+) -> bytes:
+    order = ">" if magic == b"RIFX" else "<"
+    frame = channels * bits // 8
+    fmt = chunk(b"fmt ", struct.pack(f"{order}HHIIHH", tag, channels, rate, rate * frame, frame, bits), order=order)
+    content = b"WAVE" + before + fmt + chunk(b"data", body, declared, order) + after
+    return magic + struct.pack(f"{order}I", len(content)) + content
+
+
+def pcm16(values: list[int], order: str = "<") -> bytes:
+    return struct.pack(f"{order}{len(values)}h", *values)
+
+
+def floats(values: list[float]) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def flac(values: np.ndarray, subtype: str = "PCM_16") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, values, SAMPLING_RATE, format="FLAC", subtype=subtype)
+    return file.getvalue()
+
+
+def with_bytes(data: bytes, position: int, replacement: bytes) -> bytes:
+    return data[:position] + replacement + data[position + len(replacement) :]
+
+
+WHOLE = wav(pcm16(RAMP))
+WHOLE_FLAC = flac(np.array(RAMP, dtype=np.int16))
+EXPECTED = np.array(RAMP) / 32_768
+
+
+def test_16_bit_samples_are_exact() -> None:
+    waveform = read_audio(WHOLE, "clip")
+    assert waveform.dtype == np.float32
+    np.testing.assert_array_equal(waveform, EXPECTED)
+
+
+def test_a_path_reads_as_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "clip.wav"
+    path.write_bytes(WHOLE)
+    np.testing.assert_array_equal(read_audio(path, "clip"), EXPECTED)
+
+
+def test_24_bit_samples_are_exact() -> None:
+    values = [(8_191 * k) % 2**24 - 2**23 for k in range(COUNT)]
+    body = b"".join(value.to_bytes(3, "little", signed=True) for value in values)
+    np.testing.assert_array_equal(read_audio(wav(body, bits=24), "clip"), np.array(values) / 2**23)
+
+
+def test_8_bit_samples_are_unsigned() -> None:
+    values = [k % 256 for k in range(COUNT)]
+    np.testing.assert_array_equal(read_audio(wav(bytes(values), bits=8), "clip"), (np.array(values) - 128) / 128)
+
+
+def test_float_samples_keep_values_a_little_over_full_scale() -> None:
+    values = [1.5, -2.0, 0.25, 0.0] * (COUNT // 4)
+    np.testing.assert_array_equal(read_audio(wav(floats(values), bits=32, tag=3), "clip"), values)
+
+
+def test_stereo_is_the_mean_of_its_channels() -> None:
+    frames = [value for k in range(COUNT) for value in (8 * (k % 100), -4 * (k % 50))]
+    expected = [(8 * (k % 100) - 4 * (k % 50)) / 2 / 32_768 for k in range(COUNT)]
+    np.testing.assert_array_equal(read_audio(wav(pcm16(frames), channels=2), "clip"), expected)
+
+
+def test_big_endian_wav() -> None:
+    np.testing.assert_array_equal(read_audio(wav(pcm16(RAMP, ">"), magic=b"RIFX"), "clip"), EXPECTED)
+
+
+def rf64(declared: int) -> bytes:
+    size64 = chunk(b"ds64", struct.pack("<QQQI", 2 * COUNT + 80, declared, declared // 2, 0))
+    data = wav(pcm16(RAMP), declared=0xFFFFFFFF, before=size64, magic=b"RF64")
+    return with_bytes(data, 4, b"\xff" * 4)
+
+
+def test_rf64_takes_its_length_from_ds64() -> None:
+    np.testing.assert_array_equal(read_audio(rf64(2 * COUNT), "clip"), EXPECTED)
+
+
+@pytest.mark.parametrize("pad", [b"", b"\0\0\0"], ids=["chunks", "chunks and padding"])
+def test_chunks_around_the_audio_are_passed_over(pad: bytes) -> None:
+    extra = chunk(b"LIST", b"INFOISFT\x04\0\0\0abc\0") + chunk(b"odd ", b"123")
+    np.testing.assert_array_equal(read_audio(wav(pcm16(RAMP), before=extra, after=extra + pad), "clip"), EXPECTED)
+
+
+@pytest.mark.parametrize(("subtype", "bits"), [("PCM_S8", 8), ("PCM_16", 16), ("PCM_24", 24)])
+def test_flac_is_exact(subtype: str, bits: int) -> None:
+    values = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (COUNT, 2))
+    data = flac((values << (32 - bits)).astype(np.int32), subtype)
+    np.testing.assert_array_equal(read_audio(data, "clip"), values.sum(axis=1) / 2**bits)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+def test_resampling_keeps_frequency_and_amplitude(rate: int) -> None:
+    tone = [round(12_000 * np.sin(2 * np.pi * 1_000 * k / rate)) for k in range(rate)]
+    waveform = read_audio(wav(pcm16(tone), rate=rate), "clip")
+    assert waveform.shape == (SAMPLING_RATE,)
+    # 1 s: bin k of the transform is k Hz. A Hann window halves the amplitude and keeps the edges out.
+    spectrum = np.abs(np.fft.rfft(waveform * np.hanning(SAMPLING_RATE))) / SAMPLING_RATE * 4
+    assert spectrum.argmax() == 1_000
+    assert spectrum[1_000] == pytest.approx(12_000 / 32_768, rel=2e-3)
+    assert np.delete(spectrum, range(990, 1_011)).max() < 1e-4
+
+
+def test_resampling_removes_what_16_khz_cannot_hold() -> None:
+    # 10 kHz, decimated to 16 kHz, would be heard at 6 kHz.
+    tone = [round(12_000 * np.sin(2 * np.pi * 10_000 * k / 48_000)) for k in range(48_000)]
+    middle = read_audio(wav(pcm16(tone), rate=48_000), "clip")[1_000:-1_000]
+    assert np.abs(middle).max() < 1e-3
+
+
+def test_half_a_minute_is_read_and_one_sample_more_is_not() -> None:
+    body = bytes(2 * 30 * SAMPLING_RATE)
+    assert read_audio(wav(body), "clip").shape == (480_000,)
+    with pytest.raises(AudioError, match=r"^clip: expected at most 30 s, .* got 30\.00 s"):
+        read_audio(wav(body + b"\0\0"), "clip")
+    assert read_audio(wav(body + b"\0\0"), "clip", max_seconds=None).shape == (480_001,)
+    with pytest.raises(AudioError, match=r"at most 0\.15 s"):
+        read_audio(WHOLE, "clip", max_seconds=0.15)
+
+
+def test_silence_of_the_source_is_no_error() -> None:
+    np.testing.assert_array_equal(read_audio(wav(bytes(2 * COUNT)), "clip"), np.zeros(COUNT))
+
+
+def nan_at(position: int) -> bytes:
+    values = [0.5] * COUNT
+    values[position] = float("nan")
+    return wav(floats(values), bits=32, tag=3)
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "no bytes": (b"", "empty one"),
+    "text": (b"<!DOCTYPE html><html>", "starts with b'<!DOCTYPE ht'"),
+    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "other container": (b"OggS" + bytes(100), "ffmpeg"),
+    "header only": (wav(b""), "no samples"),
+    "no data chunk": (WHOLE[:36], "`data` chunk, found none"),
+    "no fmt chunk": (b"RIFF\x0c\0\0\0WAVE" + chunk(b"data", pcm16(RAMP)), "decodes to its end"),
+    "truncated": (WHOLE[:3_000], "expected 6400 bytes .* got 2956: .*truncated"),
+    "declares too much": (wav(pcm16(RAMP), declared=64_000), "expected 64000 bytes .* got 6400"),
+    "declares too little": (wav(pcm16(RAMP), declared=4_000), "expected 4000 bytes .* got 2400 further bytes"),
+    "declares nothing": (wav(pcm16(RAMP), declared=0), "expected 0 bytes .* streaming encoder"),
+    "placeholder size": (wav(pcm16(RAMP), declared=0xFFFFFFFF), "0xFFFFFFFF of a streaming encoder before 6400"),
+    "rf64 truncated": (rf64(9_000), "expected 9000 bytes .* got 6400"),
+    "rf64 too little": (rf64(4_000), "got 2400 further bytes"),
+    "rf64 without ds64": (wav(pcm16(RAMP), declared=0xFFFFFFFF, magic=b"RF64"), "streaming encoder"),
+    "half a frame": (wav(pcm16(RAMP * 2)[:-2], channels=2), "whole frames of 4 bytes, got 12798"),
+    "rate 0": (wav(pcm16(RAMP), rate=0), "decodes to its end"),
+    "rate too low": (wav(pcm16(RAMP), rate=1_000), "declares 1000 Hz"),
+    "rate too high": (wav(pcm16(RAMP), rate=1_000_000), "declares 1000000 Hz"),
+    "too short": (wav(pcm16(RAMP[:1_599])), r"at least 0\.1 s of audio, got 0\.0999 s \(1599 samples\)"),
+    "nan": (nan_at(1_234), "NaN or infinity in 1 of 3200, first at sample 1234"),
+    "infinity": (wav(floats([float("-inf")] * COUNT), bits=32, tag=3), "in 3200 of 3200, first at sample 0"),
+    "integers as floats": (wav(floats([float(v) for v in RAMP]), bits=32, tag=3), "a peak of 30000"),
+    "compressed wav": (wav(bytes(4_096), bits=4, tag=0x11), "decodes to its end"),
+    "flac header cut": (WHOLE_FLAC[:30], "header of 42 bytes, got 30"),
+    "flac header only": (WHOLE_FLAC[:42], "decodes to its end"),
+    "flac truncated": (WHOLE_FLAC[: len(WHOLE_FLAC) // 2], "truncated or damaged"),
+    "flac declares nothing": (with_bytes(WHOLE_FLAC, 22, bytes(4)), "number of samples, got 0"),
+    "flac declares too little": (with_bytes(WHOLE_FLAC, 22, struct.pack(">I", 2_000)), "MD5"),
+    "flac declares too much": (with_bytes(WHOLE_FLAC, 22, struct.pack(">I", 4_000)), "decodes to its end"),
+    "flac other digest": (with_bytes(WHOLE_FLAC, 26, bytes(range(1, 17))), "MD5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_name_and_reason(case: str) -> None:
+    data, reason = REFUSED[case]
+    with pytest.raises(AudioError, match=reason) as caught:
+        read_audio(data, "clip")
+    assert str(caught.value).startswith("clip: expected ")
+    assert "; " in str(caught.value), "the message says what to do"
+
+
+def test_adpcm_in_wav_is_refused_by_name() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, EXPECTED, SAMPLING_RATE, format="WAV", subtype="IMA_ADPCM")
+    with pytest.raises(AudioError, match="WAV holding IMA_ADPCM; convert it"):
+        read_audio(file.getvalue(), "clip")
+
+
+def test_flac_without_a_digest_is_read() -> None:
+    np.testing.assert_array_equal(read_audio(with_bytes(WHOLE_FLAC, 26, bytes(16)), "clip"), EXPECTED)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"^dog4: expected an audio file at .*absent\.wav, found none; restore"):
+        read_audio(tmp_path / "absent.wav", "dog4")
+    with pytest.raises(AudioError, match=r"^dog4: expected a readable audio file at .*, got '.+'; check"):
+        read_audio(tmp_path, "dog4")
+
+
+@pytest.mark.parametrize("whole", [WHOLE, WHOLE_FLAC, rf64(2 * COUNT)], ids=["wav", "flac", "rf64"])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_prefix_of_a_file_is_read(whole: bytes, data: st.DataObject) -> None:
+    end = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(AudioError, match=r"^clip: expected "):
+        read_audio(whole[:end], "clip")
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(42, len(WHOLE_FLAC) - 1), flipped=st.integers(1, 255))
+def test_a_damaged_flac_is_refused_or_unharmed(position: int, flipped: int) -> None:
+    damaged = with_bytes(WHOLE_FLAC, position, bytes([WHOLE_FLAC[position] ^ flipped]))
+    assert_refused_or(damaged, lambda waveform: np.array_equal(waveform, EXPECTED))
+
+
+@settings(max_examples=500, deadline=None)
+@given(edits=st.lists(st.tuples(st.integers(0, 43), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3))
+def test_any_wav_header_is_refused_or_read(edits: list[tuple[int, bytes]]) -> None:
+    data = WHOLE
+    for position, replacement in edits:
+        data = with_bytes(data, position, replacement)
+    assert_refused_or(data, lambda waveform: bool(np.isfinite(waveform).all()) and waveform.ndim == 1)
+
+
+def assert_refused_or(data: bytes, condition: Callable[[np.ndarray], bool]) -> None:
+    try:
+        waveform = read_audio(data, "clip")
+    except AudioError:
+        return
+    assert condition(waveform)
+
+
+def test_silence_has_the_clip_s_length_and_dtype() -> None:
+    waveform = read_audio(WHOLE, "clip")
+    for corrupted in (silence(waveform), corrupt(waveform, "silence")):
+        assert corrupted.dtype == waveform.dtype
+        assert corrupted.tobytes() == bytes(4 * COUNT)
+    np.testing.assert_array_equal(waveform, EXPECTED)
+
+
+def test_an_unknown_corruption_names_the_known() -> None:
+    with pytest.raises(ConfigError, match="expected one of silence, got 'noise'"):
+        corrupt(np.zeros(4, np.float32), "noise")
