@@ -1,0 +1,83 @@
+"""Checks: what a run verifies about itself, kept with its results."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from lalm_patch.errors import CheckError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verified statement.
+
+    Attributes:
+        name: short identifier.
+        passed: whether it holds.
+        value: the measured number.
+        bound: what it was compared with.
+        statement: what was verified, in words, and what to do if it does not hold.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    bound: float
+    statement: str
+
+    @classmethod
+    def at_most(cls, name: str, value: float, bound: float, statement: str) -> Check:
+        """A check that holds if `value` is at most `bound` (NaN never is)."""
+        return cls(name, bool(value <= bound), float(value), float(bound), statement)
+
+    @classmethod
+    def more_than(cls, name: str, value: float, bound: float, statement: str) -> Check:
+        """A check that holds if `value` exceeds `bound` (NaN never does)."""
+        return cls(name, bool(value > bound), float(value), float(bound), statement)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'passed' if self.passed else 'FAILED'} ({self.value:.3g}, bound {self.bound:.3g})"
+
+
+def enforce(checks: Iterable[Check], on_failure: str) -> None:
+    """Stop at failed checks, or only warn.
+
+    Args:
+        checks: the checks.
+        on_failure: `stop` or `warn`.
+
+    Raises:
+        CheckError: a check failed and `on_failure` is `stop`; the message has all that failed.
+    """
+    failed = [check for check in checks if not check.passed]
+    if not failed:
+        return
+    message = "; ".join(f"check {check} — {check.statement}" for check in failed)
+    if on_failure == "stop":
+        raise CheckError(f"{message}. To store the results all the same, marked as failed: on_failed_check=warn")
+    log.warning("%s", message)
+
+
+def worst(checks: Iterable[Check]) -> list[Check]:
+    """One check per name, of checks that repeat for every sample: the one nearest to its bound or furthest beyond."""
+    kept: dict[str, Check] = {}
+    for check in checks:
+        other = kept.get(check.name)
+        if other is None or (check.passed, abs(check.bound - check.value)) < (other.passed, abs(other.bound - other.value)):
+            kept[check.name] = check
+    return list(kept.values())
+
+
+def to_json(checks: Iterable[Check]) -> str:
+    """The checks as JSON text, for a dataset's attributes."""
+    return json.dumps([asdict(check) for check in checks])
+
+
+def from_json(text: str) -> list[Check]:
+    """The checks of a dataset's attribute."""
+    return [Check(**entry) for entry in json.loads(text)]

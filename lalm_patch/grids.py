@@ -1,0 +1,94 @@
+"""Grids: a granularity becomes a labelled array of interventions. A grid's coordinates become the result's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from lalm_patch.errors import ConfigError
+from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.models.tokens import TokenTable
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Interventions with named dimensions.
+
+    Attributes:
+        dims: names of the dimensions, outermost first.
+        coords: labels along each dimension.
+        cells: the interventions in row-major order of `dims`.
+    """
+
+    dims: tuple[str, ...]
+    coords: dict[str, np.ndarray]
+    cells: tuple[Intervention, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.cells) != prod(self.shape):
+            raise ValueError(f"a grid of shape {self.shape} needs {prod(self.shape)} cells, got {len(self.cells)}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the dimensions."""
+        return tuple(len(self.coords[dim]) for dim in self.dims)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers patched anywhere in the grid, ascending."""
+        return tuple(sorted({patch.layer for cell in self.cells for patch in cell.patches}))
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions patched anywhere in the grid, ascending."""
+        return tuple(sorted({p for cell in self.cells for patch in cell.patches for p in patch.positions}))
+
+
+def layer_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """All text positions of one layer's output at once, for each layer."""
+    cells = tuple(Intervention([Patch(layer, tokens.text_positions)]) for layer in layers)
+    return Grid(("layer",), {"layer": np.asarray(layers)}, cells)
+
+
+def token_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """One text position of one layer's output, for each (layer, position); `token` counts from the first text position."""
+    positions = tokens.text_positions
+    cells = tuple(Intervention([Patch(layer, (position,))]) for layer in layers for position in positions)
+    return Grid(("layer", "token"), {"layer": np.asarray(layers), "token": np.arange(len(positions))}, cells)
+
+
+GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {"layer": layer_grid, "token": token_grid}
+
+
+def chosen_layers(num_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers a run patches: all of them, or the ones asked for (negative ones count from the end).
+
+    Raises:
+        ConfigError: a layer the model does not have, or one named twice.
+    """
+    if layers is None:
+        return tuple(range(num_layers))
+    wrong = [layer for layer in layers if not -num_layers <= layer < num_layers]
+    if wrong or not layers:
+        raise ConfigError(
+            f"granularity.layers={list(layers)}: the model has decoder layers 0 to {num_layers - 1}; "
+            "give a list of those, or null for all"
+        )
+    chosen = sorted(layer % num_layers for layer in layers)
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"granularity.layers={list(layers)} names a layer twice")
+    return tuple(chosen)
+
+
+def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """The grid of a granularity by its name.
+
+    Raises:
+        ConfigError: no such granularity; the message lists them.
+    """
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    return GRANULARITIES[granularity](tokens, layers)

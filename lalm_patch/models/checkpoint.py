@@ -1,0 +1,97 @@
+"""From a hub id or a folder to a folder: everything after works on local files, wherever they came from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lalm_patch.errors import ModelError
+
+WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.pth")
+UNWANTED_FILES = ("consolidated*", "original/*")  # the same weights once more, in their trainers' own layout
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "data" / "demo" / "model"
+_LOOK_UP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        folder: where its files are.
+        id: what the user asked for.
+        commit: the hub's commit; for a local folder, `local`.
+    """
+
+    folder: Path
+    id: str
+    commit: str
+
+
+def find_checkpoint(identifier: str, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint in a local folder, in the hub's cache, or on the hub (then download it).
+
+    Raises:
+        ModelError: no such folder or repository, gated, or unreachable and not in the cache; says what to do.
+    """
+    if identifier == "demo":
+        return Checkpoint(DEMO_FOLDER, "demo", "shipped with the package")
+    folder = Path(identifier).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.id={identifier}: the folder has no config.json, so it is not a checkpoint")
+        return Checkpoint(folder, identifier, "local")
+    if identifier.startswith((".", "~", os.sep)):
+        raise ModelError(f"model.id={identifier}: no such folder; give an existing folder or a hub id like owner/name")
+    return _from_hub(identifier, revision)
+
+
+def _from_hub(identifier: str, revision: str | None) -> Checkpoint:
+    page = f"https://huggingface.co/{identifier}"
+    try:
+        # One short request decides whether the hub is there: downloads would retry for most of a minute first.
+        info = HfApi().model_info(identifier, revision=revision, timeout=_LOOK_UP_SECONDS)
+    except HFValidationError:
+        raise ModelError(
+            f"model.id={identifier}: neither an existing folder nor a hub id; expected a folder or owner/name"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"model.revision={revision}: {page} has no such branch, tag or commit") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.id={identifier}: {page} does not exist, or is private; "
+            "check the name, and run `hf auth login` (or set HF_TOKEN) for a private one"
+        ) from None
+    except Exception as error:  # whatever else a network does: what is in the cache can still be used
+        return _from_cache(identifier, revision, error)
+    try:
+        folder = snapshot_download(
+            identifier, revision=info.sha, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
+        )
+    except GatedRepoError:
+        raise ModelError(
+            f"model.id={identifier} is gated: accept its licence at {page}, then run `hf auth login` "
+            "(or set HF_TOKEN) with the same account"
+        ) from None
+    return Checkpoint(Path(folder), identifier, str(info.sha))
+
+
+def _from_cache(identifier: str, revision: str | None, error: Exception) -> Checkpoint:
+    try:
+        folder = Path(snapshot_download(identifier, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"model.id={identifier}: not in the local cache, and the hub cannot be reached "
+            f"({type(error).__name__}: {error}); connect, or give a local folder with model.id=/path/to/checkpoint"
+        ) from None
+    return Checkpoint(folder, identifier, folder.name)

@@ -1,0 +1,67 @@
+"""What an adapter has to say about its family of checkpoints: how a clip and a question become model inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+
+from lalm_patch.errors import ModelError
+from lalm_patch.stimuli import Prompt
+
+
+class Family(ABC):
+    """One family of checkpoints. Subclasses hold a processor and build prompts; they never touch the decoder.
+
+    Attributes:
+        processor: the checkpoint's own processor.
+        max_seconds: the longest clip the family takes.
+    """
+
+    extra: ClassVar[str | None] = None
+    """The optional dependency the family's processor needs, for the message when it is missing."""
+    layouts: ClassVar[tuple[str, ...]] = ("chat",)
+    """Prompt layouts the family has: `chat` puts the response phrase into the assistant's turn, `user` at the end of
+    the user's turn, `flat` uses no template at all (base models)."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    @classmethod
+    def load(cls, folder: Path, **weights: Any) -> tuple[PreTrainedModel, Family]:
+        """Open the checkpoint in `folder`; `weights` are `from_pretrained`'s keywords (dtype, device_map, ...)."""
+        try:
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        except ImportError as error:
+            hint = f"; install it with: pip install 'lalm_patch[{cls.extra}]'" if cls.extra else ""
+            raise ModelError(f"{folder}: the processor needs a package that is missing ({error}){hint}") from error
+        module = AutoModelForMultimodalLM.from_pretrained(folder, local_files_only=True, **weights)
+        return module, cls(processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def max_seconds(self) -> float:
+        """Length of the longest clip the encoder takes in, in seconds."""
+        extractor = self.processor.feature_extractor
+        return float(extractor.n_samples / extractor.sampling_rate)
+
+    @abstractmethod
+    def inputs(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> dict[str, torch.Tensor]:
+        """Inputs of the model's forward pass for one clip, batch of one; `input_ids` end with the response phrase."""
+
+    @abstractmethod
+    def text_ids(self, prompt: Prompt, layout: str, continuation: str = "") -> list[int]:
+        """Token ids of the prompt followed by `continuation`; the audio may be one placeholder."""
+
+    def audio_mask(self, inputs: dict[str, torch.Tensor], module: PreTrainedModel) -> torch.Tensor:
+        """Which positions hold audio embeddings: bool [positions]."""
+        return inputs["input_ids"][0] == module.config.audio_token_id
+

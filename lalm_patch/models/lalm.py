@@ -1,0 +1,248 @@
+"""One class for every audio language model: what the engines need, found by role and not by name."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nnsight
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lalm_patch.errors import ConfigError, ModelError
+from lalm_patch.models.checkpoint import find_checkpoint
+from lalm_patch.models.family import Family
+from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
+from lalm_patch.settings import ModelSettings
+from lalm_patch.stimuli import Prompt
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the decoder gets for one waveform.
+
+    Attributes:
+        tokens: the token table, one row per position.
+        inputs: keyword arguments of the whole model's forward pass, audio included.
+        inputs_embeds: [1, positions, hidden], the decoder's input after audio tower and projector ran.
+        position_ids: [1, positions] or, with several position axes, [axes, 1, positions].
+    """
+
+    tokens: TokenTable
+    inputs: dict[str, Tensor]
+    inputs_embeds: Tensor
+    position_ids: Tensor
+
+
+class LALM:
+    """An audio encoder, a connector and a language-model decoder, wrapped by nnsight.
+
+    Attributes:
+        module: the transformers model.
+        family: the adapter that builds its inputs.
+        traced: nnsight's wrapper of the whole model; `traced.trace(**encoding.inputs)` is one forward pass.
+        decoder: nnsight's wrapper of the decoder; takes `inputs_embeds`.
+        layers: nnsight's wrappers of the decoder layers; `.output` is [batch, positions, hidden].
+        norm: nnsight's wrapper of the norm after the last layer.
+    """
+
+    def __init__(self, module: PreTrainedModel, family: Family, *, id: str = "", commit: str = "") -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.family = family
+        self.id = id
+        self.commit = commit
+        self.traced = nnsight.NNsight(self.module)
+        decoder = _role(module, "get_decoder", "a decoder")
+        self.decoder_module: nn.Module = decoder
+        self._head: nn.Module = _role(module, "get_output_embeddings", "output embeddings")
+        if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
+            raise ModelError(
+                f"{type(module).__name__}: expected a decoder with `layers` and a final `norm`, got "
+                f"{type(decoder).__name__}; this architecture needs an adapter of its own"
+            )
+        self.decoder = self._envoy(decoder)
+        self.layers = [self._envoy(layer) for layer in decoder.layers]
+        self.norm = self._envoy(decoder.norm)
+
+    @classmethod
+    def load(cls, settings: ModelSettings) -> LALM:
+        """Open a checkpoint by its settings: a hub id, a local folder, or the demo shipped with the package.
+
+        Raises:
+            ModelError: not found, gated, unreachable, or without the parts the method needs.
+            ConfigError: an unknown family, dtype or device.
+        """
+        from lalm_patch.models import FAMILIES
+
+        if settings.family not in FAMILIES:
+            raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
+        checkpoint = find_checkpoint(settings.id, settings.revision)
+        weights, device = _placement(settings)
+        try:
+            module, family = FAMILIES[settings.family].load(
+                Path(checkpoint.folder), attn_implementation=settings.attn_implementation, **weights
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder}: "
+                f"{error}"
+            ) from error
+        if device is not None:
+            module.to(device)
+        return cls(module, family, id=checkpoint.id, commit=checkpoint.commit)
+
+    # --- shapes and places -------------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the token embeddings, where inputs go."""
+        weight: Tensor = self.module.get_input_embeddings().weight
+        return weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the decoder."""
+        weight: Tensor = self.module.get_input_embeddings().weight
+        return weight.dtype
+
+    # --- inputs ------------------------------------------------------------------------------------------------
+
+    def inputs(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> tuple[TokenTable, dict[str, Tensor]]:
+        """Token table and model inputs of a clip and a question; nothing is computed by the model yet.
+
+        Raises:
+            ModelError: a layout the family lacks, no audio position, or a question the tokenizer rewrites.
+        """
+        if layout not in self.family.layouts:
+            known = ", ".join(self.family.layouts)
+            raise ModelError(f"prompt layout {layout!r}: this model has {known}; set prompt.layout to one of these")
+        tensors = {name: value.to(self.device) for name, value in self.family.inputs(waveform, prompt, layout).items()}
+        if tensors["input_ids"].shape[0] != 1:
+            raise ModelError(f"expected one sequence per clip, got {tensors['input_ids'].shape[0]}")
+        mask = self.family.audio_mask(tensors, self.module)
+        return self._token_table(tensors["input_ids"][0], mask, prompt), tensors
+
+    def encode(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> Encoding:
+        """Run audio tower and projector once; the decoder does not run.
+
+        Raises:
+            ModelError: as `inputs`; or the model changed the sequence's length on its own.
+        """
+        tokens, inputs = self.inputs(waveform, prompt, layout)
+        return self.embed(tokens, inputs)
+
+    def embed(self, tokens: TokenTable, inputs: dict[str, Tensor]) -> Encoding:
+        """The decoder's inputs for inputs that `inputs` returned."""
+        with torch.no_grad(), self.traced.trace(**inputs) as tracer:
+            received = nnsight.save(dict(self.decoder.inputs[1]))
+            tracer.stop()
+        embeds: Tensor = received["inputs_embeds"]
+        positions = embeds.shape[1]
+        if positions != len(tokens):
+            raise ModelError(
+                f"the decoder received {positions} positions for a prompt of {len(tokens)}: the processor did not "
+                "expand the audio placeholder, so positions cannot be matched with tokens"
+            )
+        mask = received.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            raise ModelError("the prompt is padded; expected one unpadded sequence per clip")
+        position_ids = received.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(positions, device=embeds.device)[None]
+        return Encoding(tokens, inputs, embeds, position_ids)
+
+    def target_ids(self, prompt: Prompt, layout: str, target: str = "leading_space") -> tuple[int, ...]:
+        """First token of each option where it follows the response phrase, in the prompt's order of options.
+
+        Raises:
+            ModelError: an option merges with the phrase before it, or two options begin with the same token.
+        """
+        before = self.family.text_ids(prompt, layout)
+        blank = " " if target == "leading_space" else ""
+        ids = []
+        for option in prompt.options:
+            after = self.family.text_ids(prompt, layout, continuation=blank + option)
+            if after[: len(before)] != before or len(after) == len(before):
+                raise ModelError(
+                    f"option {option!r} merges with the response phrase {prompt.response!r} when tokenised, so it has "
+                    "no first token of its own; set prompt.target=leading_space or change the phrase"
+                )
+            ids.append(after[len(before)])
+        if len(set(ids)) < len(ids):
+            clashes = [option for option, id in zip(prompt.options, ids, strict=True) if ids.count(id) > 1]
+            raise ModelError(
+                f"options {', '.join(clashes)} begin with the same token, so the next token cannot tell them apart; "
+                "change the options' wording, or set prompt.target=leading_space"
+            )
+        return tuple(ids)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] in float32 of normed last-layer states [rows, hidden]."""
+        with torch.no_grad():
+            logits: Tensor = self._head(states.to(self._head.weight.device)).float()
+            softcap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
+            return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _token_table(self, ids: Tensor, audio: Tensor, prompt: Prompt) -> TokenTable:
+        if not bool(audio.any()):
+            raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
+        numbers: list[int] = ids.tolist()
+        audio_positions = audio.nonzero()[:, 0].tolist()
+        first, end = audio_positions[0], audio_positions[-1] + 1
+        tokenizer = self.family.tokenizer
+        text, spans = token_spans(tokenizer, numbers[end:])
+        after = assign_roles(spans, text, prompt.user_parts, prompt.response, self.id or type(self.module).__name__)
+        # Ids between two clips are neither before nor after the audio: they count as template.
+        between = ["audio" if audio[i] else "template" for i in range(first, end)]
+        texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
+        return TokenTable(tuple(numbers), texts, ("pre",) * first + tuple(between) + tuple(after))
+
+    def _envoy(self, module: nn.Module) -> Any:
+        """nnsight's wrapper of a submodule."""
+        path = next(name for name, candidate in self.module.named_modules() if candidate is module)
+        return operator.attrgetter(path)(self.traced)
+
+
+def _role(module: PreTrainedModel, getter: str, what: str) -> Any:
+    find: Callable[[], Any] | None = getattr(module, getter, None)
+    found = find() if find is not None else None
+    if found is None:
+        raise ModelError(f"{type(module).__name__} has no {what} (`{getter}()`); this architecture is not supported")
+    return found
+
+
+def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:
+    """`from_pretrained`'s keywords, and the device to move to afterwards (None: the device map decides)."""
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"model.dtype={settings.dtype!r}: expected float32, bfloat16 or float16")
+    if settings.device_map is not None:
+        try:
+            import accelerate  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"model.device_map={settings.device_map} needs the package accelerate: pip install 'lalm_patch[gpu]'"
+            ) from None
+        return {"dtype": dtype, "device_map": settings.device_map}, None
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda or cuda:<number>") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={name}: this machine has no usable GPU; set model.device=cpu")
+    return {"dtype": dtype}, device

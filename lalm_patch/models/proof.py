@@ -1,0 +1,116 @@
+"""Proof at load: whether this checkpoint does what the method assumes, shown by perturbing it.
+
+A model may run on placeholder embeddings without a word when the audio does not arrive, change the length of the
+sequence inside, or carry states past the decoder layers. Each is tried once, on noise and silence of the same length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nnsight
+import numpy as np
+import torch
+from torch import Tensor
+
+from lalm_patch.checks import Check
+from lalm_patch.models.lalm import LALM, Encoding
+from lalm_patch.stimuli import SAMPLING_RATE, Prompt
+
+NOISE_SECONDS = 1.5
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference in probability that rounding explains, by the decoder's floating-point type."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Encodings of noise and of silence of the same length, for proofs that must not depend on the data."""
+
+    noise: Encoding
+    silence: Encoding
+
+
+def make_pair(lalm: LALM, prompt: Prompt, layout: str) -> Pair:
+    """Encode `NOISE_SECONDS` of seeded noise and as much digital silence."""
+    samples = int(NOISE_SECONDS * SAMPLING_RATE)
+    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    return Pair(lalm.encode(noise, prompt, layout), lalm.encode(np.zeros_like(noise), prompt, layout))
+
+
+def prove(lalm: LALM, pair: Pair) -> list[Check]:
+    """The checks a model has to pass before anything is traced with it."""
+    tolerance = TOLERANCES[lalm.dtype]
+    noise, silence = pair.noise, pair.silence
+    whole = _whole_logits(lalm, noise)
+    decoder_only, lengths = _decoder_logits(lalm, noise)
+    other = _whole_logits(lalm, silence)
+    middle = (lalm.num_layers - 1) // 2
+    restored = _restore_all(lalm, pair, middle)
+    moved = float((whole - other).abs().max() / whole.abs().max())
+    return [
+        Check.at_most(
+            "same_layout",
+            float(not noise.tokens.same_layout(silence.tokens)),
+            0.0,
+            "noise and silence of the same length give the same positions; if not, positions cannot be exchanged",
+        ),
+        Check.more_than(
+            "audio_reaches_model",
+            moved,
+            1e-6,
+            "noise in place of silence moves the logits (relative); if not, the model answers without hearing: "
+            "look at the audio encoder, the connector and the processor",
+        ),
+        Check.at_most(
+            "layers_keep_length",
+            float(sum(length != len(noise.tokens) for length in lengths)),
+            0.0,
+            "every decoder layer's output has one state per position; if not, this architecture needs another site",
+        ),
+        Check.at_most(
+            "decoder_from_embeddings",
+            _difference(whole, decoder_only),
+            tolerance,
+            "decoder, final norm and head on the embeddings give the whole model's probabilities; if not, the model "
+            "computes something after or beside its decoder, use engine=direct",
+        ),
+        Check.at_most(
+            "restore_all",
+            _difference(whole, restored),
+            tolerance,
+            f"restoring every position after layer {middle} gives back the clean run; if not, layers share states "
+            "past the residual stream and recovery rates do not mean what they say",
+        ),
+    ]
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    """Largest difference in probability over the vocabulary."""
+    return float((first.softmax(-1) - second.softmax(-1)).abs().max())
+
+
+def _whole_logits(lalm: LALM, encoding: Encoding) -> Tensor:
+    with torch.no_grad(), lalm.traced.trace(**encoding.inputs):
+        logits = lalm.traced.output.logits[:, -1].clone().save()
+    return torch.as_tensor(logits).float()
+
+
+def _decoder_logits(lalm: LALM, encoding: Encoding) -> tuple[Tensor, list[int]]:
+    with (
+        torch.no_grad(),
+        lalm.decoder.trace(
+            inputs_embeds=encoding.inputs_embeds, position_ids=encoding.position_ids, use_cache=False
+        ),
+    ):
+        lengths = nnsight.save([tuple(layer.output.shape) for layer in lalm.layers])
+        last = lalm.norm.output[:, -1].clone().save()
+    return lalm.logits(last), [shape[1] if len(shape) == 3 else -1 for shape in lengths]
+
+
+def _restore_all(lalm: LALM, pair: Pair, layer: int) -> Tensor:
+    with torch.no_grad(), lalm.traced.trace(**pair.noise.inputs):
+        state = lalm.layers[layer].output.clone().save()
+    with torch.no_grad(), lalm.traced.trace(**pair.silence.inputs):
+        lalm.layers[layer].output[:] = state
+        logits = lalm.traced.output.logits[:, -1].clone().save()
+    return torch.as_tensor(logits).float()

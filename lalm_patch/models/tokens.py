@@ -1,0 +1,131 @@
+"""The token table: for every position of the decoder's sequence its id, its text and its role.
+
+Roles, in the order in which they occur in a prompt:
+
+    pre         before the audio: identical in the clean and the corrupted run (causal attention)
+    audio       audio embeddings
+    transcript  a transcript the model is given together with the audio (DeSTA)
+    early       the question, up to the options
+    object      the listed options
+    late        after the options: the full stop, the response phrase
+    template    the chat template's own tokens after the audio
+    last        the final position, whose logits are read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lalm_patch.errors import ModelError
+
+ROLES = ("pre", "audio", "transcript", "early", "object", "late", "template", "last")
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """One row per position of the decoder's input sequence.
+
+    Attributes:
+        ids: token ids, one per position; audio positions hold the placeholder's id.
+        texts: what each position says, decoded on its own.
+        roles: one of `ROLES` per position.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    roles: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.texts) == len(self.roles):
+            raise ValueError(f"one id, text and role per position: {len(self.ids)}, {len(self.texts)}, {len(self.roles)}")
+        if unknown := set(self.roles) - set(ROLES):
+            raise ValueError(f"unknown roles {sorted(unknown)}; known: {ROLES}")
+        if "audio" not in self.roles:
+            raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def positions(self, *roles: str) -> tuple[int, ...]:
+        """Positions with one of these roles, ascending."""
+        return tuple(i for i, role in enumerate(self.roles) if role in roles)
+
+    @property
+    def audio_positions(self) -> tuple[int, ...]:
+        """Positions of the audio embeddings."""
+        return self.positions("audio")
+
+    @property
+    def text_positions(self) -> tuple[int, ...]:
+        """Positions after the audio: what the layer-wise and token-wise sweeps patch."""
+        return tuple(i for i in range(self.audio_positions[-1] + 1, len(self)) if self.roles[i] != "audio")
+
+    def same_layout(self, other: TokenTable) -> bool:
+        """Whether both tables have the same ids in the same places, so that positions can be exchanged."""
+        return self.ids == other.ids and self.roles == other.roles
+
+
+def token_spans(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """Decode `ids` and say which characters each token stands for.
+
+    Works for every tokenizer, also those without offsets (Tekken): the span of token k is what decoding k + 1
+    instead of k tokens adds. A token that only completes a character begun by the one before gets an empty span.
+
+    Returns:
+        The decoded text and one (start, end) per token.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(part), skip_special_tokens=False)
+        return text.rstrip("�")  # the bytes of a character that the next token completes
+
+    ends = [len(decode(ids[: k + 1])) for k in range(len(ids))]
+    # An incomplete character may make a prefix shorter than the one before: spans never run backwards.
+    ends = [int(end) for end in np.maximum.accumulate(np.array(ends, dtype=int))] if ends else []
+    starts = [0, *ends[:-1]]
+    return decode(ids), list(zip(starts, ends, strict=True))
+
+
+def assign_roles(
+    spans: Sequence[tuple[int, int]],
+    text: str,
+    user_parts: Sequence[tuple[str, str]],
+    response: str,
+    where: str,
+) -> list[str]:
+    """Roles of the tokens after the audio.
+
+    Args:
+        spans: characters of `text` per token, as from `token_spans`.
+        text: the decoded text after the audio; ends with the response phrase.
+        user_parts: (piece, role) of the user's turn, whose joined pieces occur in `text`.
+        response: the response phrase, the end of `text`.
+        where: name of the prompt, for the error message.
+
+    Raises:
+        ModelError: the question or the response phrase does not occur in `text` as it was given.
+    """
+    question = "".join(piece for piece, _ in user_parts)
+    start = text.rfind(question, 0, len(text) - len(response))
+    if start < 0 or not text.endswith(response):
+        missing = "question" if start < 0 else "response phrase"
+        raise ModelError(
+            f"{where}: the {missing} does not occur in the tokenised prompt as written, so its tokens cannot be "
+            f"named. Tokenised text after the audio: {text!r}. Choose an attribute text the tokenizer keeps unchanged."
+        )
+    character_roles = ["template"] * len(text)
+    cursor = start
+    for piece, role in user_parts:
+        character_roles[cursor : cursor + len(piece)] = [role] * len(piece)
+        cursor += len(piece)
+    begin = len(text) - len(response)
+    # In a flat prompt the phrase's first token carries the blank that separates it from the question.
+    begin -= text[begin - 1] == " "
+    character_roles[begin:] = ["late"] * (len(text) - begin)
+    roles = [character_roles[min(first, len(text) - 1)] for first, _ in spans]
+    roles[-1] = "last"
+    return roles

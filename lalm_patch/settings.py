@@ -1,0 +1,173 @@
+"""What a run is made of, as typed settings. Hydra checks every YAML under `conf/` and every override against these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelSettings:
+    """One checkpoint (`conf/model/*.yaml`).
+
+    Attributes:
+        name: short name; part of the run folder's name.
+        family: the adapter that knows its processor and prompt (`lalm_patch.models.FAMILIES`).
+        id: hub id, or a local folder in the same layout. `demo` is the model shipped with the package.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...
+        device_map: as in transformers (`auto` spreads the model over all GPUs); needs the extra `gpu`.
+        attn_implementation: sdpa or eager.
+        prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn) or flat
+            (no template; base models).
+        data: the data set used when `data=auto`.
+    """
+
+    name: str = MISSING
+    family: str = MISSING
+    id: str = MISSING
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str = "sdpa"
+    prompt_layout: str = "chat"
+    data: str = "sakura"
+
+
+@dataclass
+class AttributeSettings:
+    """One attribute of the sound (`conf/attr/*.yaml`): the question, its options, how the answer begins."""
+
+    name: str = MISSING
+    question: str = MISSING
+    options: list[str] = MISSING
+    response: str = MISSING
+    folder: str = MISSING
+
+
+@dataclass
+class GranularitySettings:
+    """What is patched at once (`conf/granularity/*.yaml`), and in which layers (null: all)."""
+
+    name: str = MISSING
+    layers: list[int] | None = None
+
+
+@dataclass
+class DataSettings:
+    """Which clips (`conf/data/*.yaml`).
+
+    Attributes:
+        name: auto (what the model's YAML names), demo, or sakura.
+        root: folder that holds SAKURA's `data/` tree; null fetches it from the hub (extra `hub`).
+        limit: how many clips, balanced over the classes; null for all.
+        seed: which clips, where `limit` leaves a choice.
+        bad_clips: stop (name every unusable clip before anything is computed) or exclude (keep the reason instead).
+    """
+
+    name: str = MISSING
+    root: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    bad_clips: str = "stop"
+
+
+@dataclass
+class CorruptionSettings:
+    """What the corrupted run hears instead of the clip (`conf/corruption/*.yaml`)."""
+
+    name: str = MISSING
+
+
+@dataclass
+class PromptSettings:
+    """Open points of the prompt, stored with every result.
+
+    Attributes:
+        layout: null (the model's own), chat, user or flat.
+        order: fixed, or shuffled (seeded per sample).
+        seed: seed of the shuffled order.
+        target: leading_space (" cat") or bare ("cat").
+        correct: a prediction is the largest logit among the options, or over the whole vocabulary.
+    """
+
+    layout: str | None = None
+    order: str = "fixed"
+    seed: int = 0
+    target: str = "leading_space"
+    correct: str = "options"
+
+
+@dataclass
+class EngineSettings:
+    """How cells are computed (`conf/engine/*.yaml`).
+
+    Attributes:
+        name: auto (replay where the decoder allows it), replay, or direct.
+        pack_tokens: most suffix positions that share one forward pass.
+        spot_checks: cells per clip that the direct engine computes again.
+        tolerance: largest difference in probability that replay may show; null chooses by dtype.
+    """
+
+    name: str = MISSING
+    pack_tokens: int = 2048
+    spot_checks: int = 2
+    tolerance: float | None = None
+
+
+@dataclass
+class RunSettings:
+    """A whole run.
+
+    Attributes:
+        outputs: where run folders are made.
+        run_name: the run folder's name, derived from the settings.
+        seed: seed of the spot checks and of the bootstrap.
+        on_failed_check: stop, or warn (store the failed check and go on).
+        threads: CPU threads for torch; null leaves torch's choice.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    attr: AttributeSettings = field(default_factory=AttributeSettings)
+    granularity: GranularitySettings = field(default_factory=GranularitySettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    outputs: str = "outputs"
+    run_name: str = ""
+    seed: int = 0
+    on_failed_check: str = "stop"
+    threads: int | None = None
+
+
+# Settings that say where or how fast a run computes, not what: changing them keeps the run's folder.
+NOT_PART_OF_A_RUN: tuple[str, ...] = (
+    "outputs",
+    "run_name",
+    "threads",
+    "on_failed_check",
+    "model.device",
+    "model.device_map",
+    "engine.pack_tokens",
+)
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.attn_implementation": ("sdpa", "eager"),
+    "model.prompt_layout": ("chat", "user", "flat"),
+    "data.name": ("auto", "demo", "sakura"),
+    "data.bad_clips": ("stop", "exclude"),
+    "corruption.name": ("silence",),
+    "prompt.layout": (None, "chat", "user", "flat"),
+    "prompt.order": ("fixed", "shuffled"),
+    "prompt.target": ("leading_space", "bare"),
+    "prompt.correct": ("options", "vocabulary"),
+    "engine.name": ("auto", "replay", "direct"),
+    "on_failed_check": ("stop", "warn"),
+}
+"""Settings that take one of a few words; the command line names them when another word comes."""
