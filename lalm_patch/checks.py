@@ -68,9 +68,14 @@ def worst(checks: Iterable[Check]) -> list[Check]:
     kept: dict[str, Check] = {}
     for check in checks:
         other = kept.get(check.name)
-        if other is None or (check.passed, abs(check.bound - check.value)) < (other.passed, abs(other.bound - other.value)):
+        if other is None or _margin(check) < _margin(other):
             kept[check.name] = check
     return list(kept.values())
+
+
+def _margin(check: Check) -> float:
+    distance = abs(check.bound - check.value)
+    return distance if check.passed else -distance
 
 
 def to_json(checks: Iterable[Check]) -> str:

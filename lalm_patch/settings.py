@@ -109,13 +109,13 @@ class EngineSettings:
     Attributes:
         name: auto (replay where the decoder allows it), replay, or direct.
         pack_tokens: most suffix positions that share one forward pass.
-        spot_checks: cells per clip that the direct engine computes again.
+        spot_checks: cells of a run that the direct engine computes again, two per clip.
         tolerance: largest difference in probability that replay may show; null chooses by dtype.
     """
 
     name: str = MISSING
     pack_tokens: int = 2048
-    spot_checks: int = 2
+    spot_checks: int = 8
     tolerance: float | None = None
 
 

@@ -7,7 +7,6 @@ of the sequence through the upper layers; the suffixes of all cells that start a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +66,7 @@ class ReplayEngine:
         self.lalm = lalm
         self.pack_tokens = pack_tokens
         self._source: tuple[Encoding, _SourceRun] | None = None
-        self._corrupted: tuple[bytes, _CorruptedRun] | None = None
+        self._corrupted: tuple[Encoding, _CorruptedRun] | None = None
 
     def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
         """The clean and the corrupted run: rows 0 and 1."""
@@ -101,12 +100,11 @@ class ReplayEngine:
         return self._source[1]
 
     def _corrupted_run(self, corrupted: Encoding) -> _CorruptedRun:
-        # With silence the corrupted run depends on the prompt and the clip's length only: clips share it.
-        key = _digest(corrupted)
-        if self._corrupted is None or self._corrupted[0] != key:
+        # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
+        if self._corrupted is None or self._corrupted[0] is not corrupted:
             states, logits, prefix = self._whole_run(corrupted, keep_keys=True)
             run = _CorruptedRun(corrupted.tokens.text_positions[0], states, logits, prefix)
-            self._corrupted = key, run
+            self._corrupted = corrupted, run
         return self._corrupted[1]
 
     def _whole_run(self, encoding: Encoding, keep_keys: bool) -> tuple[list[Tensor], Tensor, list[KeyValue]]:
@@ -187,9 +185,3 @@ def _writes(pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun) -
         for layer, (where, positions) in sorted(by_layer.items())
     ]
 
-
-def _digest(encoding: Encoding) -> bytes:
-    """What the decoder gets, as a key: equal keys are equal runs."""
-    digest = hashlib.blake2b(encoding.inputs_embeds.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update(encoding.position_ids.cpu().numpy().tobytes())
-    return digest.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tik
 UNWANTED_FILES = ("consolidated*", "original/*")  # the same weights once more, in their trainers' own layout
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "data" / "demo" / "model"
 _LOOK_UP_SECONDS = 10.0
+_PROBE_BYTES = 2**20
+_FINGERPRINTED = (".json", ".safetensors", ".bin", ".pth", ".txt", ".jinja", ".model", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Checkpoint:
     Attributes:
         folder: where its files are.
         id: what the user asked for.
-        commit: the hub's commit; for a local folder, `local`.
+        commit: the hub's commit; for a local folder a fingerprint of its files.
     """
 
     folder: Path
@@ -45,15 +48,33 @@ def find_checkpoint(identifier: str, revision: str | None = None) -> Checkpoint:
         ModelError: no such folder or repository, gated, or unreachable and not in the cache; says what to do.
     """
     if identifier == "demo":
-        return Checkpoint(DEMO_FOLDER, "demo", "shipped with the package")
+        if not (DEMO_FOLDER / "config.json").is_file():
+            raise ModelError(f"model.id=demo: the demo is missing from {DEMO_FOLDER}; reinstall lalm_patch")
+        return Checkpoint(DEMO_FOLDER, "demo", _fingerprint(DEMO_FOLDER))
     folder = Path(identifier).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.id={identifier}: the folder has no config.json, so it is not a checkpoint")
-        return Checkpoint(folder, identifier, "local")
+        return Checkpoint(folder, identifier, _fingerprint(folder))
     if identifier.startswith((".", "~", os.sep)):
         raise ModelError(f"model.id={identifier}: no such folder; give an existing folder or a hub id like owner/name")
     return _from_hub(identifier, revision)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells two local checkpoints apart: names, sizes, and the first and last MiB of every file.
+
+    Reading 15 GB of weights only to name them would take longer than many runs.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _FINGERPRINTED):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_PROBE_BYTES))
+            file.seek(max(0, size - _PROBE_BYTES))
+            digest.update(file.read(_PROBE_BYTES))
+    return f"local:{digest.hexdigest()[:16]}"
 
 
 def _from_hub(identifier: str, revision: str | None) -> Checkpoint:

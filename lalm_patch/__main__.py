@@ -1,0 +1,5 @@
+"""`python -m lalm_patch`."""
+
+from lalm_patch.cli import main
+
+main()

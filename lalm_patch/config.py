@@ -1,0 +1,73 @@
+"""Hydra's side of the settings: where the YAML lies, the schema it is checked against, names that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from lalm_patch.errors import ConfigError
+from lalm_patch.provenance import flat_settings
+from lalm_patch.settings import CHOICES, RunSettings
+
+
+def config_folder() -> Path:
+    """Where `config.yaml` lies: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml beside or inside {package}; reinstall lalm_patch")
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; calling it twice is harmless."""
+    ConfigStore.instance().store(name="run_schema", node=RunSettings)
+    OmegaConf.register_new_resolver("lalm_patch.run_name", _run_name, replace=True)
+
+
+def to_settings(config: DictConfig) -> RunSettings:
+    """Typed settings of a composed configuration.
+
+    Raises:
+        ConfigError: a setting that takes one of a few words has another one.
+    """
+    settings = _typed(config)
+    check_choices(settings)
+    return settings
+
+
+def check_choices(settings: RunSettings) -> None:
+    """Raises ConfigError for a word that a setting does not know; names the ones it knows."""
+    for path, choices in CHOICES.items():
+        value: Any = settings
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value not in choices:
+            known = ", ".join("null" if choice is None else str(choice) for choice in choices)
+            raise ConfigError(f"{path}={value}: expected one of {known}")
+
+
+def run_name(settings: RunSettings) -> str:
+    """Name of a run's folder: readable, and different for different settings."""
+    flat = json.dumps(flat_settings(settings), sort_keys=True)
+    short = hashlib.sha256(flat.encode()).hexdigest()[:10]
+    return f"{settings.model.name}-{settings.attr.name}-{settings.granularity.name}-{short}"
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    return run_name(_typed(_root_, leave_out=("run_name",)))
+
+
+def _typed(config: DictConfig, leave_out: tuple[str, ...] = ()) -> RunSettings:
+    """The part of a composed configuration that is the run's, as the dataclass."""
+    keys = [str(key) for key in config if key not in ("hydra", *leave_out)]
+    # Hydra's composition keeps the schema's checks but not always its type: merging into it brings both back.
+    merged = OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.masked_copy(config, keys))
+    settings = OmegaConf.to_object(merged)
+    assert isinstance(settings, RunSettings)
+    return settings

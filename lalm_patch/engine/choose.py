@@ -1,0 +1,89 @@
+"""Which engine a model gets: replay where the decoder allows it, shown on a few cells; else the direct one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lalm_patch.checks import Check
+from lalm_patch.engine.direct import DirectEngine
+from lalm_patch.engine.replay import ReplayEngine
+from lalm_patch.errors import ModelError
+from lalm_patch.grids import Grid, layer_grid, token_grid
+from lalm_patch.models import LALM, Encoding
+from lalm_patch.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from lalm_patch.models.proof import Pair
+
+log = logging.getLogger(__name__)
+
+PROOF_CELLS = 6
+
+
+def replay_obstacle(lalm: LALM) -> str | None:
+    """Why replay cannot work with this decoder, or None.
+
+    Replay takes every position's keys and values from the residual stream below it and attends to all of them; a
+    decoder with windows, recurrent states or keys shared between layers does something else.
+    """
+    config: Any = lalm.decoder_module.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention"}:
+        return f"its layers are of kinds {', '.join(sorted(kinds))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"it attends through a sliding window of {config.sliding_window}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps attention scores"
+    if not getattr(lalm.decoder_module, "_supports_attention_backend", False):
+        return "its attention cannot be exchanged (no attention interface)"
+    return None
+
+
+def choose_engine(
+    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float
+) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
+    """The engine for a model, and what was checked to choose it.
+
+    Raises:
+        ModelError: replay was asked for and cannot work, or does not give the direct engine's numbers.
+    """
+    if settings.name == "direct":
+        return DirectEngine(lalm), []
+    obstacle = replay_obstacle(lalm)
+    checks: list[Check] = []
+    if obstacle is None:
+        replay = ReplayEngine(lalm, settings.pack_tokens)
+        check = _proof(lalm, replay, pair.noise, pair.silence, option_ids, tolerance)
+        if check.passed:
+            return replay, [check]
+        obstacle = f"it differs from the direct engine by {check.value:.2g} in probability (bound {check.bound:.2g})"
+        checks = [check]
+    if settings.name == "replay":
+        raise ModelError(
+            f"engine=replay does not work with {type(lalm.module).__name__}: {obstacle}; use engine=direct or auto"
+        )
+    log.warning("replay does not work with %s: %s; using the direct engine", type(lalm.module).__name__, obstacle)
+    return DirectEngine(lalm), [check for check in checks if check.passed]
+
+
+def _proof(
+    lalm: LALM, replay: ReplayEngine, clean: Encoding, corrupted: Encoding, ids: tuple[int, ...], tolerance: float
+) -> Check:
+    """Compare the engines on a few random cells of both kinds of grid."""
+    layers = range(lalm.num_layers)
+    cells = (*layer_grid(clean.tokens, layers).cells, *token_grid(clean.tokens, layers).cells)
+    chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
+    grid = Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))
+    fast = replay.sweep(clean, corrupted, grid, ids).probabilities
+    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    return Check.at_most(
+        "replay_at_load",
+        float(np.abs(fast - slow).max()),
+        tolerance,
+        "replay gives the direct engine's probabilities on random cells of noise against silence",
+    )

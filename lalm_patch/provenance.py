@@ -1,0 +1,92 @@
+"""What made a result: versions, revision, settings; and what makes two runs the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lalm_patch.settings import NOT_PART_OF_A_RUN, RunSettings
+
+LIBRARIES = ("torch", "transformers", "nnsight", "numpy", "xarray", "soundfile", "soxr")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def package_version() -> str:
+    """This package's version."""
+    return version("lalm_patch")
+
+
+def git_revision() -> str:
+    """Commit of the checkout the package runs from, with `-dirty` if it was changed; empty outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in commands
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout git refuses to read: then it is unknown
+        return ""
+    return commit.strip() + ("-dirty" if changes.strip() else "")
+
+
+def flat_settings(settings: RunSettings) -> dict[str, str]:
+    """The settings a run's numbers depend on, as `group.name` -> text; local paths are made absolute."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif prefix not in NOT_PART_OF_A_RUN:
+            flat[prefix] = json.dumps(_absolute(value) if prefix in ("data.root", "model.id") else value)
+
+    walk("", asdict(settings))
+    return flat
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, str) and Path(value).expanduser().is_dir():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def identity(settings: RunSettings, data: str, model: str) -> dict[str, str]:
+    """What makes two runs the same: settings, clips, weights, this package's version and its libraries'."""
+    versions = library_versions()
+    return {
+        **flat_settings(settings),
+        "clips": data,
+        "weights": model,
+        "lalm_patch": package_version(),
+        **{f"version of {name}": versions[name] for name in ("torch", "transformers", "nnsight")},
+    }
+
+
+def describe(settings: RunSettings, command: str) -> dict[str, Any]:
+    """Attributes every result carries."""
+    return {
+        "title": f"Causal tracing of {settings.model.name} on {settings.attr.name}, {settings.granularity.name}-wise",
+        "method": "activation patching, clean states into the corrupted run; Chen, Huang and Lee, arXiv 2603.13768",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "lalm_patch_version": package_version(),
+        "git_revision": git_revision(),
+        "versions": json.dumps({"python": platform.python_version(), **library_versions()}),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }

@@ -1,0 +1,156 @@
+"""One run as one labelled dataset: stored samples in, `xarray.Dataset` out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lalm_patch.metrics import Exclusion, recovery_rate
+from lalm_patch.stimuli import SAMPLING_RATE
+from lalm_patch.store import SampleRecord
+
+_MISSING_CELL = "NaN: the sample is excluded (see `exclusion`)"
+_MISSING_TOKEN = f"{_MISSING_CELL}, or its text has fewer tokens than the longest one"
+
+
+def build_dataset(
+    samples: Sequence[SampleRecord],
+    options: Sequence[str],
+    dims: Sequence[str],
+    layers: Sequence[int],
+    attributes: Mapping[str, Any],
+) -> xr.Dataset:
+    """Dataset of a run.
+
+    Args:
+        samples: one record per sample, as `Tracer.trace` made them, in the order of the data set.
+        options: the attribute's options.
+        dims: dimensions of the run's grid, `layer` first.
+        layers: the patched layers.
+        attributes: provenance, stored as the dataset's attributes.
+
+    Returns:
+        Dimensions sample, option, `dims`; per sample the probabilities, the recovery rate, why it is excluded, and the
+        option logits and logsumexp from which other metrics follow.
+    """
+    text_length = max((len(sample.meta["token_ids"]) for sample in samples), default=0)
+    sizes = {"layer": len(layers), "token": text_length}
+    shape = tuple(sizes[dim] for dim in dims)
+    n_samples, n_options = len(samples), len(options)
+    base_logits = np.full((n_samples, 2, n_options), np.nan, np.float32)
+    base_sums = np.full((n_samples, 2), np.nan, np.float32)
+    base_top = np.full((n_samples, 2), -1, np.int64)
+    logits = np.full((n_samples, *shape, n_options), np.nan, np.float32)
+    sums = np.full((n_samples, *shape), np.nan, np.float32)
+    for row, sample in enumerate(samples):
+        if "base_logsumexp" in sample.arrays:
+            base_logits[row] = sample.arrays["base_option_logits"]
+            base_sums[row] = sample.arrays["base_logsumexp"]
+            base_top[row] = sample.arrays["base_top_id"]
+        if "patched_logsumexp" in sample.arrays:
+            cells = sample.arrays["patched_logsumexp"]
+            where = (row, *(slice(length) for length in cells.shape))
+            sums[where] = cells
+            logits[where] = sample.arrays["patched_option_logits"]
+    answers = np.array([list(options).index(sample.meta["label"]) for sample in samples], dtype=int)
+    rows = np.arange(n_samples)
+    p_base = np.exp(base_logits[rows, :, answers] - base_sums)
+    p_patched = np.exp(np.take_along_axis(logits, answers.reshape(-1, *[1] * (len(shape) + 1)), -1)[..., 0] - sums)
+    gap_shape = (n_samples, *[1] * len(shape))
+    rate = recovery_rate(p_patched, p_base[:, 0].reshape(gap_shape), p_base[:, 1].reshape(gap_shape))
+
+    cell_dims = ("sample", *dims)
+    missing = _MISSING_TOKEN if "token" in dims else _MISSING_CELL
+    variables: dict[str, Any] = {
+        "recovery_rate": _variable(cell_dims, rate.astype(np.float32), "recovery rate", "1", missing=missing),
+        "p_patched": _variable(cell_dims, p_patched, "probability of the answer, patched run", "1", missing=missing),
+        "p_clean": _variable("sample", p_base[:, 0], "probability of the answer, clean run", "1"),
+        "p_corrupted": _variable("sample", p_base[:, 1], "probability of the answer, corrupted run", "1"),
+        "option_logit_patched": _variable((*cell_dims, "option"), logits, "logit, patched run", "nat", missing=missing),
+        "logsumexp_patched": _variable(cell_dims, sums, "logsumexp over the vocabulary, patched run", "nat", missing=missing),
+        "exclusion": _variable("sample", _texts(samples, "exclusion"), "why the sample does not count; empty if it does"),
+        "exclusion_detail": _variable("sample", _texts(samples, "detail"), "more on the exclusion"),
+        "kept": _variable(
+            "sample", np.array([not sample.meta["exclusion"] for sample in samples], bool), "whether the sample counts"
+        ),
+    }
+    for column, run in enumerate(("clean", "corrupted")):
+        name = f"{run} run"
+        top = base_top[:, column]
+        variables[f"option_logit_{run}"] = _variable(("sample", "option"), base_logits[:, column], f"logit, {name}", "nat")
+        variables[f"logsumexp_{run}"] = _variable(
+            "sample", base_sums[:, column], f"logsumexp over the vocabulary, {name}", "nat"
+        )
+        variables[f"prediction_{run}"] = _variable(
+            "sample", _predictions(base_logits[:, column], options), f"option with the largest logit, {name}"
+        )
+        variables[f"top_token_id_{run}"] = _variable("sample", top, f"most probable token id, {name}; -1 if not run")
+    variables |= _token_variables(samples, text_length)
+    dataset = xr.Dataset(variables, coords=_coordinates(samples, options, dims, layers, text_length))
+    reasons = Counter(sample.meta["exclusion"] for sample in samples)
+    dataset.attrs = {
+        **attributes,
+        "n_samples": n_samples,
+        "n_kept": reasons[Exclusion.KEPT],
+        "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
+    }
+    return dataset
+
+
+def _coordinates(
+    samples: Sequence[SampleRecord], options: Sequence[str], dims: Sequence[str], layers: Sequence[int], length: int
+) -> dict[str, Any]:
+    coordinates: dict[str, Any] = {
+        "sample": ("sample", np.array([sample.id for sample in samples], object), {"long_name": "clip"}),
+        "option": ("option", np.array(list(options), object), {"long_name": "answer option"}),
+        "layer": ("layer", np.asarray(layers), {"long_name": "decoder layer, from 0"}),
+        "label": ("sample", _texts(samples, "label"), {"long_name": "right answer"}),
+        "group": ("sample", _texts(samples, "group"), {"long_name": "speaker or source recording"}),
+    }
+    attributes = {"long_name": "position, counted from the first one after the audio"}
+    coordinates["token"] = ("token", np.arange(length), attributes)
+    return coordinates
+
+
+def _token_variables(samples: Sequence[SampleRecord], length: int) -> dict[str, Any]:
+    def padded(key: str) -> np.ndarray:
+        rows = [[*sample.meta[key], *[""] * (length - len(sample.meta[key]))] for sample in samples]
+        return np.array(rows, object).reshape(len(samples), length)
+
+    def numbers(key: str) -> np.ndarray:
+        return np.array([sample.meta[key] for sample in samples], np.int64)
+
+    seconds = numbers("samples") / SAMPLING_RATE
+    first = numbers("first_text_position")
+    return {
+        "token_text": _variable(("sample", "token"), padded("token_texts"), "token after the audio; empty past the end"),
+        "token_role": _variable(("sample", "token"), padded("token_roles"), "role of the token; empty past the end"),
+        "duration": _variable("sample", seconds.astype(np.float32), "length of the clip", "s"),
+        "positions": _variable("sample", numbers("positions"), "positions of the whole prompt, audio included"),
+        "audio_positions": _variable("sample", numbers("audio_positions"), "audio embeddings in the prompt"),
+        "first_text_position": _variable("sample", first, "position of the first token after the audio"),
+    }
+
+
+def _variable(dims: Any, values: np.ndarray, long_name: str, units: str | None = None, missing: str | None = None) -> Any:
+    attributes = {"long_name": long_name}
+    if units is not None:
+        attributes["units"] = units
+    if missing is not None:
+        attributes["missing"] = missing
+    return dims, values, attributes
+
+
+def _texts(samples: Sequence[SampleRecord], key: str) -> np.ndarray:
+    return np.array([str(sample.meta[key]) for sample in samples], object)
+
+
+def _predictions(logits: np.ndarray, options: Sequence[str]) -> np.ndarray:
+    known = ~np.isnan(logits).any(axis=1)
+    chosen = np.where(known[:, None], logits, 0).argmax(axis=1)
+    return np.array([options[i] if ok else "" for i, ok in zip(chosen, known, strict=True)], object)

@@ -1,0 +1,223 @@
+"""Trace one sample: clean run, corrupted run, and every cell of the grid between them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lalm_patch.checks import Check
+from lalm_patch.engine import DirectEngine, Engine, Readout, ReplayEngine
+from lalm_patch.engine.choose import choose_engine
+from lalm_patch.errors import ModelError
+from lalm_patch.grids import Grid, chosen_layers, make_grid
+from lalm_patch.metrics import Exclusion, exclusion
+from lalm_patch.models import LALM, Encoding, TokenTable
+from lalm_patch.models.proof import TOLERANCES, make_pair, prove
+from lalm_patch.progress import Progress
+from lalm_patch.settings import RunSettings
+from lalm_patch.stimuli import Attribute, Prompt, Record, corrupt
+
+log = logging.getLogger(__name__)
+
+CORRUPTED_ENCODINGS_KEPT = 4
+SPOT_CHECKED_PER_SAMPLE = 2
+
+
+@dataclass
+class SampleTrace:
+    """What tracing one sample gave.
+
+    Attributes:
+        arrays: `base_*` with [clean, corrupted] first, `patched_*` with the grid's shape first (kept samples only).
+        meta: what a JSON record can hold: label, exclusion, tokens and roles after the audio, checks, ...
+    """
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Tracer:
+    """A model, an attribute and a granularity, ready to trace samples.
+
+    Args:
+        lalm: the model.
+        attribute: what is asked.
+        settings: the run's settings.
+
+    Attributes:
+        option_ids: target token of each option, in the attribute's order.
+        checks: what was verified before the first sample.
+        engine: the engine that computes the cells.
+        dims: dimensions of the grid.
+        example_prompt: the prompt as sent, for a clip of noise.
+        cells_per_sample: cells of one sample's grid (of a sample without a transcript of its own).
+
+    Raises:
+        ModelError: the model lacks something the method needs.
+        ConfigError: a layer or granularity that does not exist.
+    """
+
+    def __init__(self, lalm: LALM, attribute: Attribute, settings: RunSettings) -> None:
+        self.lalm = lalm
+        self.attribute = attribute
+        self.settings = settings
+        self.layout = settings.prompt.layout or settings.model.prompt_layout
+        fixed = Prompt.from_attribute(attribute)
+        self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
+        self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
+        self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
+        pair = make_pair(lalm, fixed, self.layout)
+        self.checks = prove(lalm, pair)
+        self.engine: Engine
+        self.engine, engine_checks = choose_engine(lalm, settings.engine, pair, self.option_ids, self.tolerance)
+        self.checks += engine_checks
+        grid = self.grid(pair.noise.tokens)
+        self.dims, self.cells_per_sample = grid.dims, len(grid.cells)
+        self.example_prompt = _as_sent(pair.noise.tokens)
+        self._oracle = DirectEngine(lalm)
+        self._corrupted: OrderedDict[bytes, Encoding] = OrderedDict()
+
+    def grid(self, tokens: TokenTable) -> Grid:
+        """The run's grid for one sample's tokens."""
+        return make_grid(self.settings.granularity.name, tokens, self.layers)
+
+    def prompt(self, sample_id: str) -> Prompt:
+        """The prompt of one sample."""
+        order = self.settings.prompt.order
+        if order == "fixed":
+            return Prompt.from_attribute(self.attribute)
+        return Prompt.from_attribute(self.attribute, "shuffled", self.settings.prompt.seed, sample_id)
+
+    def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
+        """Trace one sample.
+
+        Args:
+            record: the clip's record.
+            waveform: float32 [samples] at 16 kHz.
+            spot_check: whether to compute a few random cells again with the direct engine.
+            progress: is told about every cell.
+
+        Raises:
+            ModelError: clean and corrupted input differ in their positions.
+        """
+        prompt = self.prompt(record.id)
+        clean = self.lalm.encode(waveform, prompt, self.layout)
+        corrupted = self._encode_corrupted(waveform, prompt)
+        if not clean.tokens.same_layout(corrupted.tokens):
+            raise ModelError(
+                f"{record.name}: clip and {self.settings.corruption.name} give {len(clean.tokens)} and "
+                f"{len(corrupted.tokens)} positions or other tokens, so their states cannot be exchanged"
+            )
+        grid = self.grid(clean.tokens)
+        answer = self.attribute.options.index(record.label)
+        base = self.engine.base(clean, corrupted, self.option_ids)
+        reason = exclusion(base, self.option_ids, answer, self.settings.prompt.correct)
+        trace = SampleTrace(_arrays("base", base, (2,)), self._meta(record, waveform, clean.tokens, prompt, reason))
+        if reason is not Exclusion.KEPT:
+            progress.drop(len(grid.cells))
+            return trace
+        swept = self.engine.sweep(clean, corrupted, grid, self.option_ids, progress.advance)
+        trace.arrays |= _arrays("patched", swept, grid.shape)
+        checks = self._identities(grid, base, swept, answer, clean.tokens)
+        if spot_check and isinstance(self.engine, ReplayEngine):
+            checks.append(self._spot_check(record, clean, corrupted, grid, swept))
+            trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
+        trace.meta["checks"] = [vars(check) for check in checks]
+        return trace
+
+    def _encode_corrupted(self, waveform: np.ndarray, prompt: Prompt) -> Encoding:
+        tokens, inputs = self.lalm.inputs(corrupt(waveform, self.settings.corruption.name), prompt, self.layout)
+        key = _digest(inputs)
+        if key not in self._corrupted:
+            self._corrupted[key] = self.lalm.embed(tokens, inputs)
+            while len(self._corrupted) > CORRUPTED_ENCODINGS_KEPT:
+                self._corrupted.popitem(last=False)
+        self._corrupted.move_to_end(key)
+        return self._corrupted[key]
+
+    def _meta(
+        self, record: Record, waveform: np.ndarray, tokens: TokenTable, prompt: Prompt, reason: Exclusion
+    ) -> dict[str, Any]:
+        text = tokens.text_positions
+        return {
+            "label": record.label,
+            "group": record.group,
+            "exclusion": str(reason),
+            "detail": "",
+            "samples": len(waveform),
+            "positions": len(tokens),
+            "audio_positions": len(tokens.audio_positions),
+            "first_text_position": text[0],
+            "token_ids": [tokens.ids[i] for i in text],
+            "token_texts": [tokens.texts[i] for i in text],
+            "token_roles": [tokens.roles[i] for i in text],
+            "option_order": list(prompt.options),
+        }
+
+    def _identities(
+        self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable
+    ) -> list[Check]:
+        """What holds for any weights: the last position of the last layer carries everything, others nothing."""
+        last_layer, last = self.lalm.num_layers - 1, len(tokens) - 1
+        clean, corrupted = base.probabilities[:, answer]
+        worst = 0.0
+        found = False
+        for probability, cell in zip(swept.probabilities[:, answer], grid.cells, strict=True):
+            if [patch.layer for patch in cell.patches] == [last_layer]:
+                expected = clean if last in cell.patches[0].positions else corrupted
+                worst, found = max(worst, abs(float(probability - expected))), True
+        if not found:
+            return []
+        return [
+            Check.at_most(
+                "last_layer_identity",
+                worst,
+                self.tolerance,
+                "patching the last layer restores the clean probability at the last position and nothing elsewhere",
+            )
+        ]
+
+    def _spot_check(
+        self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout
+    ) -> Check:
+        seed = [self.settings.seed, *record.id.encode()]
+        count = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
+        chosen = np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
+        direct = self._oracle.cells(clean, corrupted, [grid.cells[i] for i in chosen], self.option_ids)
+        difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
+        return Check.at_most(
+            "replay_equals_direct",
+            difference,
+            self.tolerance,
+            "random cells computed again by the direct engine have the same probabilities; if not, use engine=direct",
+        )
+
+
+def _arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}_option_logits": readout.option_logits.reshape(*shape, -1).astype(np.float32),
+        f"{prefix}_logsumexp": readout.logsumexp.reshape(shape).astype(np.float32),
+        f"{prefix}_top_id": readout.top_id.reshape(shape).astype(np.int64),
+    }
+
+
+def _as_sent(tokens: TokenTable) -> str:
+    """The prompt as the model gets it, with the audio positions written as their number."""
+    audio = tokens.audio_positions
+    before, after = tokens.texts[: audio[0]], tokens.texts[audio[-1] + 1 :]
+    return f"{''.join(before)}[{len(audio)} audio positions]{''.join(after)}"
+
+
+def _digest(inputs: dict[str, Tensor]) -> bytes:
+    """Equal inputs, equal key: tells when a corrupted run was seen before."""
+    digest = hashlib.blake2b()
+    for name in sorted(inputs):
+        digest.update(name.encode())
+        digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()
