@@ -60,12 +60,17 @@ def prompt_tokenizer(specials: tuple[str, ...] = QWEN_SPECIALS, merges_for: int 
 
 
 def randomise(model: PreTrainedModel, seed: int, scale: float = 0.08) -> PreTrainedModel:
-    """Weights large enough that every layer matters: the default initialisation leaves tiny models nearly linear."""
+    """Weights large enough that every layer matters, and a head that makes probabilities far from uniform.
+
+    The default initialisation leaves tiny models nearly linear and every token equally likely, so that a difference of
+    1e-5 in probability would prove nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        model.get_output_embeddings().weight.mul_(6)
     return model.eval()
 
 

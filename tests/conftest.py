@@ -1,0 +1,81 @@
+"""Fixtures shared by the test modules: tiny checkpoints are made once per test session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
+
+from lalm_patch.models import LALM
+from lalm_patch.settings import ModelSettings
+from lalm_patch.stimuli import Attribute, Prompt
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network, whatever it loads
+torch.set_num_threads(2)
+
+GENDER = Attribute(
+    "gender",
+    "What is the gender of the speaker in the speech?",
+    ("male", "female"),
+    "The speaker's gender is",
+    "Gender",
+)
+ANIMAL = Attribute(
+    "animal",
+    "What animal makes the sound?",
+    ("dog", "cat", "pig", "cow", "frog", "hen", "rooster", "sheep", "crow"),
+    "The sound file's animal is",
+    "Animal",
+)
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """White noise, float32 [samples] at 16 kHz."""
+    return np.random.default_rng(seed).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
+
+
+def load(folder: Path, family: str, **settings: str) -> LALM:
+    """Open a tiny checkpoint the way a run does."""
+    defaults = {"name": "tiny", "dtype": "float32", "device": "cpu"}
+    return LALM.load(ModelSettings(family=family, id=str(folder), **(defaults | settings)))
+
+
+def write_sakura(root: Path, attribute: Attribute, clips: int, seconds: float = 1.0) -> Path:
+    """A data set of noise in SAKURA's layout, classes in turn, lengths slightly different."""
+    folder = root / "data" / attribute.folder
+    (folder / "audio").mkdir(parents=True)
+    lines = ["file,attribute_label,single_instruction,single_answer,multi_instruction,multi_answer"]
+    for index in range(clips):
+        label = attribute.options[index % len(attribute.options)]
+        name = f"{label}_{index:02d}.wav"
+        soundfile.write(folder / "audio" / name, noise(seconds + 0.05 * (index % 3), seed=index), 16000, subtype="PCM_16")
+        lines.append(f"{name},{label},,,,")
+    (folder / "metadata.csv").write_text("\r\n".join(lines) + "\r\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random tiny checkpoints, by family."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "qwen2_audio": save_tiny_qwen2_audio(root / "qwen2_audio"),
+        "voxtral": save_tiny_voxtral(root / "voxtral"),
+    }
+
+
+@pytest.fixture(scope="session", params=["qwen2_audio", "voxtral"])
+def lalm(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> LALM:
+    """A random tiny model of each architecture."""
+    return load(checkpoints[request.param], request.param)
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Prompt:
+    """The gender prompt."""
+    return Prompt.from_attribute(GENDER)

@@ -1,0 +1,252 @@
+"""The engines against independent oracles (plain PyTorch hooks) and against theorems that hold for any weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GENDER, load, noise
+from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
+
+from lalm_patch.engine import DirectEngine, Readout, ReplayEngine
+from lalm_patch.grids import Grid, layer_grid, make_grid, token_grid
+from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.metrics import recovery_rate
+from lalm_patch.models import LALM, Encoding
+from lalm_patch.stimuli import Prompt, silence
+
+TOLERANCE = 1e-5
+
+
+def encodings(lalm: LALM, prompt: Prompt, seconds: float = 1.3, layout: str = "chat") -> tuple[Encoding, Encoding]:
+    """A noise clip and silence of its length."""
+    clip = noise(seconds)
+    return lalm.encode(clip, prompt, layout), lalm.encode(silence(clip), prompt, layout)
+
+
+def likely_tokens(lalm: LALM, clean: Encoding, corrupted: Encoding) -> tuple[int, ...]:
+    """The three most probable tokens of either run: a random model gives the options next to no probability."""
+    with torch.no_grad():
+        logits = [lalm.module(**encoding.inputs).logits[0, -1] for encoding in (clean, corrupted)]
+    return tuple(sorted({int(token) for row in logits for token in row.topk(3).indices}))
+
+
+def one_row(*interventions: Intervention) -> Grid:
+    return Grid(("cell",), {"cell": np.arange(len(interventions))}, interventions)
+
+
+def hook_logits(lalm: LALM, clean: Encoding, corrupted: Encoding, intervention: Intervention) -> torch.Tensor:
+    """One patched run with PyTorch forward hooks only: no nnsight, no code of the package."""
+    layers = lalm.module.get_decoder().layers
+    source: dict[int, torch.Tensor] = {}
+    handles = [
+        layers[patch.layer].register_forward_hook(
+            lambda _m, _i, output, layer=patch.layer: source.__setitem__(layer, output.clone())
+        )
+        for patch in intervention.patches
+    ]
+    with torch.no_grad():
+        lalm.module(**clean.inputs)
+    for handle in handles:
+        handle.remove()
+
+    def write(patch: Patch) -> object:
+        def hook(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            output[:, list(patch.positions)] = source[patch.layer][:, list(patch.positions)]
+            return output
+
+        return hook
+
+    handles = [layers[patch.layer].register_forward_hook(write(patch)) for patch in intervention.patches]
+    with torch.no_grad():
+        logits = lalm.module(**corrupted.inputs).logits[0, -1].float()
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def test_direct_engine_equals_plain_hooks(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    text = clean.tokens.text_positions
+    interventions = [
+        Intervention([Patch(0, text)]),
+        Intervention([Patch(1, (text[3],))]),
+        Intervention([Patch(0, (text[0], text[5])), Patch(2, (text[-1],))]),
+    ]
+    ids = likely_tokens(lalm, clean, corrupted)
+    rows = DirectEngine(lalm).cells(clean, corrupted, interventions, ids)
+    for row, intervention in enumerate(interventions):
+        expected = hook_logits(lalm, clean, corrupted, intervention)
+        np.testing.assert_allclose(rows.option_logits[row], expected[list(ids)], atol=1e-5)
+        np.testing.assert_allclose(rows.logsumexp[row], expected.logsumexp(-1), atol=1e-5)
+        assert rows.top_id[row] == expected.argmax()
+
+
+@pytest.mark.parametrize("seconds", [0.7, 2.4])
+@pytest.mark.parametrize("pack_tokens", [1, 100, 5000])
+def test_replay_equals_direct_on_a_full_token_grid(
+    lalm: LALM, prompt: Prompt, seconds: float, pack_tokens: int
+) -> None:
+    clean, corrupted = encodings(lalm, prompt, seconds)
+    assert clean.tokens.roles[0] == "pre"  # text before the audio
+    assert lalm.decoder_module.config.num_key_value_heads < lalm.decoder_module.config.num_attention_heads
+    grid = token_grid(clean.tokens, range(lalm.num_layers))
+    ids = likely_tokens(lalm, clean, corrupted)
+    fast = ReplayEngine(lalm, pack_tokens).sweep(clean, corrupted, grid, ids)
+    slow = _direct_sweep(lalm, seconds, clean, corrupted, grid, ids)
+    assert np.ptp(slow.probabilities, axis=0).max() > 1e-2  # the cells differ, so equality says something
+    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=TOLERANCE)
+    np.testing.assert_allclose(fast.option_logits, slow.option_logits, atol=1e-4)
+    np.testing.assert_array_equal(fast.top_id, slow.top_id)
+
+
+_direct_results: dict[tuple[int, float], Readout] = {}
+
+
+def _direct_sweep(
+    lalm: LALM, seconds: float, clean: Encoding, corrupted: Encoding, grid: Grid, ids: tuple[int, ...]
+) -> Readout:
+    """The slow sweep, once per model and clip."""
+    key = (id(lalm), seconds)
+    if key not in _direct_results:
+        _direct_results[key] = DirectEngine(lalm).sweep(clean, corrupted, grid, ids)
+    return _direct_results[key]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_replay_equals_direct_with_either_attention(
+    checkpoints: dict[str, Path], prompt: Prompt, attention: str
+) -> None:
+    lalm = load(checkpoints["qwen2_audio"], "qwen2_audio", attn_implementation=attention)
+    clean, corrupted = encodings(lalm, prompt)
+    ids = likely_tokens(lalm, clean, corrupted)
+    for granularity in ("layer", "token"):
+        grid = make_grid(granularity, clean.tokens, range(lalm.num_layers))
+        fast = ReplayEngine(lalm, 150).sweep(clean, corrupted, grid, ids)
+        slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids)
+        np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=TOLERANCE)
+    assert lalm.decoder_module.config._attn_implementation == attention  # replay puts back what it exchanged
+
+
+def test_replay_equals_direct_on_arbitrary_sets_of_patches(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    rng = np.random.default_rng(1)
+    text = np.array(clean.tokens.text_positions)
+    cells = []
+    for _ in range(25):
+        layers = rng.choice(lalm.num_layers, rng.integers(1, lalm.num_layers + 1), replace=False)
+        patches = []
+        for layer in layers:
+            chosen = rng.choice(text, rng.integers(1, 6), replace=False)
+            patches.append(Patch(int(layer), tuple(sorted(int(position) for position in chosen))))
+        cells.append(Intervention(patches))
+    ids = likely_tokens(lalm, clean, corrupted)
+    grid = one_row(*cells)
+    fast = ReplayEngine(lalm, 120).sweep(clean, corrupted, grid, ids)
+    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids)
+    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=TOLERANCE)
+
+
+def test_replay_takes_turns_between_clips(lalm: LALM, prompt: Prompt) -> None:
+    """An engine that has seen one pair of runs must not use their states for another."""
+    engine, ids = ReplayEngine(lalm), lalm.target_ids(prompt, "chat")
+    pairs = [encodings(lalm, prompt, seconds) for seconds in (0.8, 1.9, 0.8)]
+    pairs.append((pairs[1][0], pairs[1][1]))
+    for clean, corrupted in pairs:
+        grid = layer_grid(clean.tokens, range(lalm.num_layers))
+        fresh = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids)
+        again = engine.sweep(clean, corrupted, grid, ids)
+        np.testing.assert_array_equal(fresh.option_logits, again.option_logits)
+
+
+@pytest.mark.parametrize("engine_class", [DirectEngine, ReplayEngine])
+def test_identities_of_causal_tracing(lalm: LALM, prompt: Prompt, engine_class: type) -> None:
+    """Method: restoring everything restores the clean run; the last state is everything; corrupted into corrupted is nothing."""
+    clean, corrupted = encodings(lalm, prompt)
+    engine, ids = engine_class(lalm), likely_tokens(lalm, clean, corrupted)
+    p_clean, p_corrupted = engine.base(clean, corrupted, ids).probabilities
+    assert np.abs(p_clean - p_corrupted).max() > 1e-3
+    last_layer, last = lalm.num_layers - 1, len(clean.tokens) - 1
+    other = clean.tokens.text_positions[2]
+    ends = engine.sweep(
+        clean,
+        corrupted,
+        one_row(Intervention([Patch(last_layer, (last,))]), Intervention([Patch(last_layer, (other,))])),
+        ids,
+    ).probabilities
+    np.testing.assert_allclose(ends[0], p_clean, atol=TOLERANCE)
+    np.testing.assert_allclose(ends[1], p_corrupted, atol=TOLERANCE)
+    grid = make_grid("token", clean.tokens, range(lalm.num_layers))
+    nothing = engine.sweep(corrupted, corrupted, grid, ids).probabilities
+    np.testing.assert_allclose(nothing, np.broadcast_to(p_corrupted, nothing.shape), atol=TOLERANCE)
+
+
+def test_restoring_every_position_restores_the_clean_run(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    engine, ids = DirectEngine(lalm), likely_tokens(lalm, clean, corrupted)
+    every = tuple(range(len(clean.tokens)))
+    cells = [Intervention([Patch(layer, every)]) for layer in range(lalm.num_layers)]
+    p_clean = engine.base(clean, corrupted, ids).probabilities[0]
+    restored = engine.cells(clean, corrupted, cells, ids).probabilities
+    np.testing.assert_allclose(restored, np.broadcast_to(p_clean, restored.shape), atol=TOLERANCE)
+
+
+def test_positions_before_the_audio_recover_nothing(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    engine, ids = DirectEngine(lalm), likely_tokens(lalm, clean, corrupted)
+    before = clean.tokens.positions("pre")
+    p_corrupted = engine.base(clean, corrupted, ids).probabilities[1]
+    cells = [Intervention([Patch(layer, before)]) for layer in range(lalm.num_layers)]
+    patched = engine.cells(clean, corrupted, cells, ids).probabilities
+    np.testing.assert_allclose(patched, np.broadcast_to(p_corrupted, patched.shape), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "voxtral"])
+@pytest.mark.parametrize("window", [(1, 3), (2, 3), (0, 2)])
+@pytest.mark.parametrize("engine_class", [DirectEngine, ReplayEngine])
+def test_planted_attention_window_is_what_the_curve_shows(
+    tmp_path: Path, prompt: Prompt, family: str, window: tuple[int, int], engine_class: type
+) -> None:
+    """Attention output zero outside layers [a, b): recovery exactly 0 below a and exactly 1 from b - 1 on."""
+    save = {"qwen2_audio": save_tiny_qwen2_audio, "voxtral": save_tiny_voxtral}[family]
+    lalm = load(save(tmp_path, layers=4, seed=3, window=window), family)
+    clean, corrupted = encodings(lalm, prompt)
+    engine, ids = engine_class(lalm), likely_tokens(lalm, clean, corrupted)
+    base = engine.base(clean, corrupted, ids).probabilities
+    patched = engine.sweep(clean, corrupted, layer_grid(clean.tokens, range(4)), ids).probabilities
+    answer = int(np.abs(base[0] - base[1]).argmax())
+    rate = recovery_rate(patched[:, answer], base[0, answer], base[1, answer])
+    first, end = window
+    scale = abs(float(base[0, answer] - base[1, answer]))
+    assert scale > 1e-3
+    np.testing.assert_allclose(rate[:first] * scale, 0, atol=1e-6)
+    np.testing.assert_allclose((rate[end - 1 :] - 1) * scale, 0, atol=1e-6)
+    if first < end - 1:
+        assert abs(rate[first]) > 1e-4  # the window is where something happens
+        assert abs(rate[first] - 1) > 1e-4
+
+
+def test_half_precision_replay_stays_near_direct(checkpoints: dict[str, Path], prompt: Prompt) -> None:
+    lalm = load(checkpoints["qwen2_audio"], "qwen2_audio", dtype="bfloat16")
+    clean, corrupted = encodings(lalm, prompt)
+    ids = likely_tokens(lalm, clean, corrupted)
+    grid = layer_grid(clean.tokens, range(lalm.num_layers))
+    fast = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    np.testing.assert_allclose(fast, slow, atol=0.05)
+
+
+def test_voxtral_clip_of_two_windows(checkpoints: dict[str, Path]) -> None:
+    """A clip over 30 s has 750 audio positions; replay still equals direct."""
+    lalm = load(checkpoints["voxtral"], "voxtral")
+    prompt = Prompt.from_attribute(GENDER)
+    clean, corrupted = encodings(lalm, prompt, seconds=31.0)
+    assert len(clean.tokens.audio_positions) == 750
+    ids = likely_tokens(lalm, clean, corrupted)
+    grid = layer_grid(clean.tokens, range(lalm.num_layers))
+    fast = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    np.testing.assert_allclose(fast, slow, atol=TOLERANCE)
