@@ -116,20 +116,22 @@ def main() -> None:
     direct = DirectEngine(lalm)
     embeddings = DirectFromEmbeddings(lalm)
     replay()  # warm-up: allocator, nnsight's source cache
+    passes = len(cells) + 1  # the clean run is one more
     per_cell = {
         "replay": seconds(replay, options.repeats) / len(grid.cells),
-        "direct, from audio": seconds(lambda: direct.cells(clean, corrupted, cells, ids), 1) / (len(cells) + 1),
-        "direct, from embeddings": seconds(lambda: embeddings.cells(clean, corrupted, cells, ids), 1) / (len(cells) + 1),
+        "direct, from audio": seconds(lambda: direct.cells(clean, corrupted, cells, ids), 1) / passes,
+        "direct, from embeddings": seconds(lambda: embeddings.cells(clean, corrupted, cells, ids), 1) / passes,
     }
     fast = ReplayEngine(lalm, options.pack_tokens).sweep(clean, corrupted, grid, ids)
     slow = direct.cells(clean, corrupted, cells, ids)
     difference = np.abs(fast.option_logits[some] - slow.option_logits).max()
 
-    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(
-        f"Voxtral-shaped, {options.layers} layers, hidden {options.hidden}, {options.audio} audio and {options.text} text "
-        f"positions, float32; {len(grid.cells)} cells"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {options.threads} threads, {versions}")
+    positions = f"{options.audio} audio and {options.text} text positions"
+    print(f"decoder: {options.layers} layers, hidden {options.hidden}, {positions}")
+    print(f"audio encoder: {options.layers} layers, hidden {options.hidden // 2}, 1500 frames per 375 audio positions")
+    print(f"float32, token-wise grid of {len(grid.cells)} cells")
     print(f"{'engine':<26}{'ms per cell':>12}{'times replay':>14}")
     for name, value in per_cell.items():
         print(f"{name:<26}{value * 1e3:>12.3f}{value / per_cell['replay']:>14.1f}")

@@ -23,9 +23,10 @@ _failures: list[str] = []
 
 def run_one(config: DictConfig) -> None:
     """One run of the command line; errors a user can put right are logged in one sentence."""
-    warnings.filterwarnings("ignore", module="transformers")  # advice to developers of models, not to their users
     try:
         from lalm_patch.run import run
+
+        _quiet_libraries()
 
         settings = to_settings(config)
         folder = Path(HydraConfig.get().runtime.output_dir)
@@ -34,6 +35,16 @@ def run_one(config: DictConfig) -> None:
     except LalmPatchError as error:
         log.error("error: %s", error)
         _failures.append(str(error))
+
+
+def _quiet_libraries() -> None:
+    """Leave out what other libraries tell their developers; a bar of weights is of use on a terminal only."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", module="transformers")
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def layer_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
 
 
 def token_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
-    """One text position of one layer's output, for each (layer, position); `token` counts from the first text position."""
+    """One text position of one layer's output, for each (layer, position); `token` counts from the first of them."""
     positions = tokens.text_positions
     cells = tuple(Intervention([Patch(layer, (position,))]) for layer in layers for position in positions)
     return Grid(("layer", "token"), {"layer": np.asarray(layers), "token": np.arange(len(positions))}, cells)

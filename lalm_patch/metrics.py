@@ -39,7 +39,8 @@ def recovery_rate(patched: FloatArray, clean: float | FloatArray, corrupted: flo
     """
     gap = np.asarray(clean, dtype=np.float64) - np.asarray(corrupted, dtype=np.float64)
     gained = np.asarray(patched, dtype=np.float64) - np.asarray(corrupted, dtype=np.float64)
-    return np.divide(gained, gap, out=np.full(np.broadcast(gained, gap).shape, np.nan), where=gap != 0)
+    undefined = np.full(np.broadcast(gained, gap).shape, np.nan)
+    return np.asarray(np.divide(gained, gap, out=undefined, where=gap != 0))
 
 
 def predictions(readout: Readout, option_ids: tuple[int, ...], correct: str) -> list[int]:

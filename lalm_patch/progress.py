@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,7 +30,7 @@ class Progress:
         self.title = title
         self.done = 0
         self._on_terminal = sys.stderr.isatty()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._stack = ExitStack()
         self._started = self._last_line = time.monotonic()
 

@@ -54,9 +54,9 @@ def build_dataset(
             base_top[row] = sample.arrays["base_top_id"]
         if "patched_logsumexp" in sample.arrays:
             cells = sample.arrays["patched_logsumexp"]
-            where = (row, *(slice(length) for length in cells.shape))
-            sums[where] = cells
-            logits[where] = sample.arrays["patched_option_logits"]
+            where = tuple(slice(length) for length in cells.shape)
+            sums[row][where] = cells
+            logits[row][where] = sample.arrays["patched_option_logits"]
     answers = np.array([list(options).index(sample.meta["label"]) for sample in samples], dtype=int)
     rows = np.arange(n_samples)
     p_base = np.exp(base_logits[rows, :, answers] - base_sums)
@@ -72,8 +72,8 @@ def build_dataset(
         "p_clean": _variable("sample", p_base[:, 0], "probability of the answer, clean run", "1"),
         "p_corrupted": _variable("sample", p_base[:, 1], "probability of the answer, corrupted run", "1"),
         "option_logit_patched": _variable((*cell_dims, "option"), logits, "logit, patched run", "nat", missing=missing),
-        "logsumexp_patched": _variable(cell_dims, sums, "logsumexp over the vocabulary, patched run", "nat", missing=missing),
-        "exclusion": _variable("sample", _texts(samples, "exclusion"), "why the sample does not count; empty if it does"),
+        "logsumexp_patched": _variable(cell_dims, sums, "logsumexp of the logits, patched run", "nat", missing=missing),
+        "exclusion": _variable("sample", _texts(samples, "exclusion"), "why the sample does not count; else empty"),
         "exclusion_detail": _variable("sample", _texts(samples, "detail"), "more on the exclusion"),
         "kept": _variable(
             "sample", np.array([not sample.meta["exclusion"] for sample in samples], bool), "whether the sample counts"
@@ -82,12 +82,13 @@ def build_dataset(
     for column, run in enumerate(("clean", "corrupted")):
         name = f"{run} run"
         top = base_top[:, column]
-        variables[f"option_logit_{run}"] = _variable(("sample", "option"), base_logits[:, column], f"logit, {name}", "nat")
+        logit = base_logits[:, column]
+        variables[f"option_logit_{run}"] = _variable(("sample", "option"), logit, f"logit, {name}", "nat")
         variables[f"logsumexp_{run}"] = _variable(
-            "sample", base_sums[:, column], f"logsumexp over the vocabulary, {name}", "nat"
+            "sample", base_sums[:, column], f"logsumexp of the logits over the vocabulary, {name}", "nat"
         )
         variables[f"prediction_{run}"] = _variable(
-            "sample", _predictions(base_logits[:, column], options), f"option with the largest logit, {name}"
+            "sample", _predictions(logit, options), f"option with the largest logit, {name}"
         )
         variables[f"top_token_id_{run}"] = _variable("sample", top, f"most probable token id, {name}; -1 if not run")
     variables |= _token_variables(samples, text_length)
@@ -128,8 +129,10 @@ def _token_variables(samples: Sequence[SampleRecord], length: int) -> dict[str, 
     seconds = numbers("samples") / SAMPLING_RATE
     first = numbers("first_text_position")
     return {
-        "token_text": _variable(("sample", "token"), padded("token_texts"), "token after the audio; empty past the end"),
-        "token_role": _variable(("sample", "token"), padded("token_roles"), "role of the token; empty past the end"),
+        "token_text": _variable(
+            ("sample", "token"), padded("token_texts"), "token after the audio; empty past the last"
+        ),
+        "token_role": _variable(("sample", "token"), padded("token_roles"), "role of the token; empty past the last"),
         "duration": _variable("sample", seconds.astype(np.float32), "length of the clip", "s"),
         "positions": _variable("sample", numbers("positions"), "positions of the whole prompt, audio included"),
         "audio_positions": _variable("sample", numbers("audio_positions"), "audio embeddings in the prompt"),
@@ -137,7 +140,9 @@ def _token_variables(samples: Sequence[SampleRecord], length: int) -> dict[str, 
     }
 
 
-def _variable(dims: Any, values: np.ndarray, long_name: str, units: str | None = None, missing: str | None = None) -> Any:
+def _variable(
+    dims: Any, values: np.ndarray, long_name: str, units: str | None = None, missing: str | None = None
+) -> tuple[Any, np.ndarray, dict[str, str]]:
     attributes = {"long_name": long_name}
     if units is not None:
         attributes["units"] = units

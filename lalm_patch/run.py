@@ -16,7 +16,7 @@ from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.errors import AudioError, ConfigError, DataError
 from lalm_patch.figures import plot_run
 from lalm_patch.metrics import Exclusion
-from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
+from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.progress import Progress
 from lalm_patch.provenance import describe, identity
 from lalm_patch.results import build_dataset

@@ -160,9 +160,7 @@ class Tracer:
             "option_order": list(prompt.options),
         }
 
-    def _identities(
-        self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable
-    ) -> list[Check]:
+    def _identities(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> list[Check]:
         """What holds for any weights: the last position of the last layer carries everything, others nothing."""
         last_layer, last = self.lalm.num_layers - 1, len(tokens) - 1
         clean, corrupted = base.probabilities[:, answer]
@@ -183,9 +181,7 @@ class Tracer:
             )
         ]
 
-    def _spot_check(
-        self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout
-    ) -> Check:
+    def _spot_check(self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout) -> Check:
         seed = [self.settings.seed, *record.id.encode()]
         count = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         chosen = np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)

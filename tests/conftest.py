@@ -53,7 +53,9 @@ def write_sakura(root: Path, attribute: Attribute, clips: int, seconds: float = 
     for index in range(clips):
         label = attribute.options[index % len(attribute.options)]
         name = f"{label}_{index:02d}.wav"
-        soundfile.write(folder / "audio" / name, noise(seconds + 0.05 * (index % 3), seed=index), 16000, subtype="PCM_16")
+        soundfile.write(
+            folder / "audio" / name, noise(seconds + 0.05 * (index % 3), seed=index), 16000, subtype="PCM_16"
+        )
         lines.append(f"{name},{label},,,,")
     (folder / "metadata.csv").write_text("\r\n".join(lines) + "\r\n")
     return root

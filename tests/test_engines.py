@@ -164,7 +164,7 @@ def test_replay_takes_turns_between_clips(lalm: LALM, prompt: Prompt) -> None:
 
 @pytest.mark.parametrize("engine_class", [DirectEngine, ReplayEngine])
 def test_identities_of_causal_tracing(lalm: LALM, prompt: Prompt, engine_class: type) -> None:
-    """Method: restoring everything restores the clean run; the last state is everything; corrupted into corrupted is nothing."""
+    """The last layer's last state is everything, its others are nothing; corrupted into corrupted changes nothing."""
     clean, corrupted = encodings(lalm, prompt)
     engine, ids = engine_class(lalm), likely_tokens(lalm, clean, corrupted)
     p_clean, p_corrupted = engine.base(clean, corrupted, ids).probabilities

@@ -138,7 +138,8 @@ def tiny_tekken(folder: Path, ranks: int = 2000) -> Path:
     # Merges are implied by ranks: keep the first ones, and add the prompts' own words whole.
     tekken["vocab"] = tekken["vocab"][:ranks]
     known = {entry["token_bytes"] for entry in tekken["vocab"]}
-    for word in sorted({f" {word}" for text in PROMPT_TEXTS for word in text.replace(",", "").replace(".", "").split()}):
+    plain = " ".join(PROMPT_TEXTS).replace(",", "").replace(".", "")
+    for word in sorted({f" {word}" for word in plain.split()}):
         for end in range(3, len(word) + 1):  # every prefix, so that the merge path to the whole word exists
             piece = base64.b64encode(word[:end].encode()).decode()
             if piece not in known:
@@ -169,9 +170,7 @@ def tiny_tekken(folder: Path, ranks: int = 2000) -> Path:
     return path
 
 
-def save_tiny_voxtral(
-    folder: Path, *, layers: int = 3, seed: int = 0, window: tuple[int, int] | None = None
-) -> Path:
+def save_tiny_voxtral(folder: Path, *, layers: int = 3, seed: int = 0, window: tuple[int, int] | None = None) -> Path:
     """A random Voxtral checkpoint: 128 mel bins and 375 audio positions per 30 s, as published, all else tiny."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = json.loads(tiny_tekken(folder).read_text())["config"]["default_vocab_size"]

@@ -30,7 +30,7 @@ class Readout:
     @property
     def probabilities(self) -> np.ndarray:
         """P(option) under the softmax over the whole vocabulary: [runs, options] float32."""
-        return np.exp(self.option_logits - self.logsumexp[:, None])
+        return np.asarray(np.exp(self.option_logits - self.logsumexp[:, None]))
 
     @classmethod
     def of(cls, logits: Tensor, option_ids: Sequence[int]) -> Readout:

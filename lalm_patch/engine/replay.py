@@ -184,4 +184,3 @@ def _writes(pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun) -
         (layer, torch.tensor(where), source.states[layer][positions])
         for layer, (where, positions) in sorted(by_layer.items())
     ]
-

@@ -80,7 +80,8 @@ def suffix_attention(
         raise ValueError("suffix attention needs a pack's layout and no dropout")
     if unsupported := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"suffix attention has no {', '.join(unsupported)}")
-    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[module.layer_idx])
+    layer: Any = module.layer_idx
+    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[layer])
     _, heads, tokens, size = query.shape
     groups, start, window = key.shape[1], suffixes.window_start, suffixes.length - suffixes.window_start
     share = heads // groups

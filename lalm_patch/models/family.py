@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,8 @@ class Family(ABC):
         max_seconds: the longest clip the family takes.
     """
 
+    model_types: ClassVar[tuple[str, ...]]
+    """`model_type` of the checkpoints the family is for, as in their config.json."""
     extra: ClassVar[str | None] = None
     """The optional dependency the family's processor needs, for the message when it is missing."""
     layouts: ClassVar[tuple[str, ...]] = ("chat",)
@@ -33,7 +36,14 @@ class Family(ABC):
 
     @classmethod
     def load(cls, folder: Path, **weights: Any) -> tuple[PreTrainedModel, Family]:
-        """Open the checkpoint in `folder`; `weights` are `from_pretrained`'s keywords (dtype, device_map, ...)."""
+        """Open the checkpoint in `folder`; `weights` are `from_pretrained`'s keywords (dtype, device_map, ...).
+
+        Raises:
+            ModelError: a checkpoint of another architecture, or a package its processor needs is missing.
+        """
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        if found not in cls.model_types:
+            raise ModelError(f"{folder} is a checkpoint of type {found!r}, expected {' or '.join(cls.model_types)}")
         try:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except ImportError as error:
@@ -63,5 +73,4 @@ class Family(ABC):
 
     def audio_mask(self, inputs: dict[str, torch.Tensor], module: PreTrainedModel) -> torch.Tensor:
         """Which positions hold audio embeddings: bool [positions]."""
-        return inputs["input_ids"][0] == module.config.audio_token_id
-
+        return inputs["input_ids"][0].eq(module.config.audio_token_id)

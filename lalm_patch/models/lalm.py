@@ -59,7 +59,7 @@ class LALM:
         self.traced = nnsight.NNsight(self.module)
         decoder = _role(module, "get_decoder", "a decoder")
         self.decoder_module: nn.Module = decoder
-        self._head: nn.Module = _role(module, "get_output_embeddings", "output embeddings")
+        self._head: nn.Linear = _role(module, "get_output_embeddings", "output embeddings")
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
             raise ModelError(
                 f"{type(module).__name__}: expected a decoder with `layers` and a final `norm`, got "

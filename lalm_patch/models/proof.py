@@ -98,9 +98,7 @@ def _whole_logits(lalm: LALM, encoding: Encoding) -> Tensor:
 def _decoder_logits(lalm: LALM, encoding: Encoding) -> tuple[Tensor, list[int]]:
     with (
         torch.no_grad(),
-        lalm.decoder.trace(
-            inputs_embeds=encoding.inputs_embeds, position_ids=encoding.position_ids, use_cache=False
-        ),
+        lalm.decoder.trace(inputs_embeds=encoding.inputs_embeds, position_ids=encoding.position_ids, use_cache=False),
     ):
         lengths = nnsight.save([tuple(layer.output.shape) for layer in lalm.layers])
         last = lalm.norm.output[:, -1].clone().save()

@@ -12,6 +12,7 @@ from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 class Qwen2Audio(Family):
     """25 audio positions per second. The chat template adds its default system text, which stays in the prompt."""
 
+    model_types = ("qwen2_audio",)
     layouts = ("chat", "user", "flat")
 
     def _text(self, prompt: Prompt, layout: str, continuation: str = "") -> str:

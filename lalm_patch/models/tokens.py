@@ -41,7 +41,8 @@ class TokenTable:
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.texts) == len(self.roles):
-            raise ValueError(f"one id, text and role per position: {len(self.ids)}, {len(self.texts)}, {len(self.roles)}")
+            lengths = len(self.ids), len(self.texts), len(self.roles)
+            raise ValueError(f"expected one id, text and role per position, got {lengths}")
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"unknown roles {sorted(unknown)}; known: {ROLES}")
         if "audio" not in self.roles:

@@ -19,11 +19,12 @@ from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 class Voxtral(Family):
     """375 audio positions per started 30 s; clips may be longer than one window.
 
-    The processor cannot continue a turn. Layout `chat`: the response phrase's ids are appended to the user's turn, which
-    gives the ids of the tokenizer's own prefix mode. Layout `user`: the phrase ends the user's turn, whose closing
-    token is taken off.
+    The processor cannot continue a turn. Layout `chat`: the response phrase's ids are appended to the user's turn,
+    which gives the ids of the tokenizer's own prefix mode. Layout `user`: the phrase ends the user's turn, whose
+    closing token is taken off.
     """
 
+    model_types = ("voxtral",)
     extra = "voxtral"
     layouts = ("chat", "user")
 
