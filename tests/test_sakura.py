@@ -96,6 +96,7 @@ def test_spellings_of_a_table(tmp_path: Path, encoding: str, ending: str, column
         ("zh-CN_test_0_common_voice_zh-CN_22117086.wav", "common_voice_zh-CN_22117086"),
         ("dog4.wav", "dog4.wav"),
         ("1046.wav", "1046.wav"),
+        ("copy_1046_MTI_ANG_XX.wav", "copy_1046_MTI_ANG_XX.wav"),
         ("1046_MTI_ANG_XX_copy.wav", "1046_MTI_ANG_XX_copy.wav"),
     ],
 )

@@ -109,7 +109,7 @@ def _check_wav_sizes(data: bytes, name: str) -> None:
 
     RIFF: 32-bit sizes. RF64 (EBU Tech 3306): a size of 0xFFFFFFFF stands for the 64-bit one in the `ds64` chunk.
     """
-    declared, start = _wav_data_chunk(data, name)
+    declared, start = _wav_chunk(data, b"data", name)
     held = len(data) - start
     if declared == _UNKNOWN_SIZE and held < declared:
         raise AudioError(
@@ -131,8 +131,8 @@ def _check_wav_sizes(data: bytes, name: str) -> None:
     )
 
 
-def _wav_data_chunk(data: bytes, name: str) -> tuple[int, int]:
-    """Declared size and first byte of the `data` chunk."""
+def _wav_chunk(data: bytes, wanted: bytes, name: str) -> tuple[int, int]:
+    """Declared size and first byte of a chunk's content."""
     order = ">" if data[:4] == b"RIFX" else "<"
     position = 12
     long_size: int | None = None
@@ -141,12 +141,12 @@ def _wav_data_chunk(data: bytes, name: str) -> tuple[int, int]:
         position += 8
         if chunk == b"ds64" and position + 16 <= len(data):
             long_size = struct.unpack_from("<Q", data, position + 8)[0]
-        if chunk == b"data":
-            if data[:4] == b"RF64" and size == _UNKNOWN_SIZE and long_size is not None:
-                return long_size, position
+        if chunk == wanted == b"data" and data[:4] == b"RF64" and size == _UNKNOWN_SIZE and long_size is not None:
+            return long_size, position
+        if chunk == wanted:
             return size, position
         position += size + size % 2
-    raise AudioError(f"{name}: expected a WAV file with a `data` chunk, found none in {len(data)} bytes; {_REPLACE}")
+    raise AudioError(f"{name}: expected a WAV file with a `{wanted.decode().strip()}` chunk, found none; {_REPLACE}")
 
 
 def _is_chunks(rest: bytes, magic: bytes) -> bool:
@@ -166,6 +166,8 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[npt.NDAr
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             _check_format(file, name)
+            if file.format != "FLAC":
+                _check_wav_format(file, data, name)
             _check_duration(file.frames / file.samplerate, file.frames, name, max_seconds)
             if file.format == "FLAC":
                 # libsndfile left-justifies integers, so this is the same value a float read would give, kept exact.
@@ -200,6 +202,20 @@ def _check_format(file: soundfile.SoundFile, name: str) -> None:
         )
 
 
+def _check_wav_format(file: soundfile.SoundFile, data: bytes, name: str) -> None:
+    """Sampling rate and sample size are each written twice; libsndfile reads one and ignores the other."""
+    order = ">" if data[:4] == b"RIFX" else "<"
+    _, start = _wav_chunk(data, b"fmt ", name)
+    byte_rate, frame_bytes = struct.unpack(f"{order}IH", data[start + 8 : start + 14].ljust(6, b"\0"))
+    expected = _WAV_SAMPLE_BYTES[file.subtype] * int(file.channels)
+    if (byte_rate, frame_bytes) != (expected * file.samplerate, expected):
+        raise AudioError(
+            f"{name}: expected a WAV header that agrees with itself, {expected} bytes per frame and "
+            f"{expected * file.samplerate} per second for {file.subtype} with {file.channels} channels at "
+            f"{file.samplerate} Hz, got {frame_bytes} and {byte_rate}; {_REWRITE}"
+        )
+
+
 def _check_duration(seconds: float, frames: int, name: str, max_seconds: float | None) -> None:
     if frames == 0:
         raise AudioError(f"{name}: expected audio, got a header followed by no samples; {_REPLACE}")
@@ -218,7 +234,7 @@ def _check_duration(seconds: float, frames: int, name: str, max_seconds: float |
 def _declared_frames(file: soundfile.SoundFile, data: bytes, name: str) -> int:
     if file.format == "FLAC":
         return _flac_frames(data)
-    size, _ = _wav_data_chunk(data, name)
+    size, _ = _wav_chunk(data, b"data", name)
     frame_bytes = _WAV_SAMPLE_BYTES[file.subtype] * int(file.channels)
     if size % frame_bytes:
         raise AudioError(
