@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
@@ -28,6 +32,21 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it twice is harmless."""
     ConfigStore.instance().store(name="run_schema", node=RunSettings)
     OmegaConf.register_new_resolver("lalm_patch.run_name", _run_name, replace=True)
+
+
+def compose(*overrides: str) -> RunSettings:
+    """Settings of a command line, for use from Python: `compose("model=demo", "attr=gender")`.
+
+    Raises:
+        ConfigError: an override that names nothing, or a value that does not fit; the message lists what there is.
+    """
+    register()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            config = hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    return to_settings(config)
 
 
 def to_settings(config: DictConfig) -> RunSettings:

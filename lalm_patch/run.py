@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from lalm_patch.checks import Check, enforce, to_json, worst
+from lalm_patch.config import compose
 from lalm_patch.errors import AudioError, ConfigError, DataError
 from lalm_patch.figures import plot_run
 from lalm_patch.metrics import Exclusion
@@ -44,6 +46,17 @@ class RunOutcome:
     dataset: xr.Dataset
     files: tuple[Path, ...]
     summary: str
+
+
+def trace(*overrides: str) -> RunOutcome:
+    """Do from Python what `python -m lalm_patch OVERRIDES` does; returns the dataset, the files and the summary.
+
+    Raises:
+        LalmPatchError: anything a user can put right; samples computed so far are kept.
+    """
+    settings = compose(*overrides)
+    command = shlex.join(["python", "-m", "lalm_patch", *overrides])
+    return run(settings, Path(settings.outputs) / settings.run_name, command)
 
 
 def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
