@@ -1,0 +1,126 @@
+"""A dataset as the bytes of a netCDF4 file that plain `xarray.open_dataset` reads back unchanged.
+
+The bytes are made in memory. HDF5 writing to a full disk does raise an error, but its library then crashes
+when the process exits; and bytes in hand can be checksummed and read back before a disk is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lalm_patch.journal import dump_json
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def clean_text(text: str) -> str:
+    r"""`text` as a netCDF string: NUL and lone surrogates, which it cannot hold, become visible `\x00` and `\udXXX`."""
+    return str(text).replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def sanitise(dataset: xr.Dataset) -> xr.Dataset:
+    r"""A copy of `dataset` that netCDF can hold and give back as it is.
+
+    Variables: text becomes `str`, with `clean_text`; missing text (None, NaN) becomes "", since a netCDF string
+    cannot be missing; float16 is widened to float32; numbers, booleans and bytes stay. How a file it was
+    read from had been encoded is forgotten.
+
+    Attributes: text, numbers, and lists of at least two numbers or two strings are kept (lists of numbers read
+    back as arrays). Everything else becomes a JSON string: None, booleans, dictionaries, mixed and nested lists,
+    lists of fewer than two elements (which would come back as a scalar), integers beyond 64 bits.
+
+    Raises TypeError, naming the variable or attribute, for what has no such form.
+    """
+    stored = dataset.copy().drop_encoding()
+    stored.attrs = _attributes(dataset.attrs, "the dataset")
+    for name, variable in dataset.variables.items():
+        values = _values(np.asarray(variable.values), str(name))
+        stored[name] = (variable.dims, values, _attributes(variable.attrs, f"variable {name!r}"))
+    return stored
+
+
+def to_bytes(dataset: xr.Dataset) -> bytes:
+    """The netCDF4 file of a sanitised dataset.
+
+    Raises ValueError if it would not read back as it is, e.g. for units that xarray takes for dates.
+    """
+    buffer = io.BytesIO()
+    dataset.to_netcdf(buffer, engine="h5netcdf")
+    data = buffer.getvalue()
+    found = from_bytes(data)
+    changed = [
+        f"{name}: {variable.dtype} became {found[name].dtype}"
+        for name, variable in dataset.variables.items()
+        if name in found.variables and variable.dtype.kind not in "OUT" and variable.dtype != found[name].dtype
+    ]
+    if changed or not found.identical(dataset):
+        raise ValueError(f"the dataset would not read back as it is: {'; '.join(changed) or _compared(dataset, found)}")
+    return data
+
+
+def from_bytes(data: bytes) -> xr.Dataset:
+    """The dataset in the bytes of a netCDF4 file, in memory."""
+    import xarray as xr
+
+    return xr.load_dataset(io.BytesIO(data), engine="h5netcdf")
+
+
+def _compared(dataset: xr.Dataset, found: xr.Dataset) -> str:
+    import xarray as xr
+
+    try:
+        xr.testing.assert_identical(dataset, found)
+    except AssertionError as error:
+        return str(error)
+    return "the two differ"
+
+
+def _values(values: NDArray[Any], name: str) -> NDArray[Any]:
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    if values.dtype.kind not in "OUT":
+        return values
+    if values.size == 0:
+        return np.empty(values.shape, "<U1")  # as objects, the type of nothing would be guessed: float64
+    text = np.empty(values.shape, object)
+    for index, value in np.ndenumerate(values):
+        if not (isinstance(value, str) or value is None or value != value):
+            raise TypeError(f"variable {name!r} holds {value!r} at {index}: expected text, or an array of numbers")
+        text[index] = clean_text(value) if isinstance(value, str) else ""
+    return text
+
+
+def _attributes(attributes: dict[Any, Any], owner: str) -> dict[str, Any]:
+    stored = {}
+    for key, value in attributes.items():
+        try:
+            stored[clean_text(key)] = _attribute(value)
+        except TypeError as error:
+            raise TypeError(f"attribute {key!r} of {owner}: {error}") from error
+    return stored
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, str):
+        return clean_text(value)
+    if _is_number(value):
+        return value
+    if isinstance(value, list | tuple) and len(value) > 1:
+        if all(isinstance(item, str) for item in value):
+            return [clean_text(item) for item in value]
+        if all(_is_number(item) for item in value):
+            return list(value)
+    return clean_text(dump_json(value).decode("utf-8", "surrogatepass"))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
