@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import os
+# isort: off
+import offline  # noqa: F401  (before the libraries that read it)
+
+# isort: on
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,6 @@ from lalm_patch.models import LALM
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network, whatever it loads
 torch.set_num_threads(2)
 
 GENDER = Attribute(
