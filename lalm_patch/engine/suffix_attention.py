@@ -85,11 +85,13 @@ def suffix_attention(
     _, heads, tokens, size = query.shape
     groups, start, window = key.shape[1], suffixes.window_start, suffixes.length - suffixes.window_start
     share = heads // groups
-    rows, columns = suffixes.rows, suffixes.columns
+    rows, columns = suffixes.rows.to(query.device), suffixes.columns.to(query.device)
     queries = query[0].reshape(groups, share, tokens, size) * (size**-0.5 if scaling is None else scaling)
 
-    own_keys = _window_table(prefix_keys, key[0], suffixes)
-    own_values = _window_table(prefix_values, value[0], suffixes)
+    own_keys, own_values = (
+        _window_table(prefix, own, suffixes, rows, columns)
+        for prefix, own in ((prefix_keys, key[0]), (prefix_values, value[0]))
+    )
     # Queries of suffix r meet r's own table: [groups, suffixes, window, share * size] is the padded form of `queries`.
     padded = queries.new_zeros(groups, suffixes.num_rows, window, share, size)
     padded[:, rows, columns] = queries.transpose(1, 2)
@@ -111,10 +113,10 @@ def suffix_attention(
     return attended.reshape(heads, tokens, size).transpose(0, 1)[None].contiguous(), None
 
 
-def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout) -> Tensor:
+def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, rows: Tensor, columns: Tensor) -> Tensor:
     """Keys (or values) inside the window for every suffix: [groups, suffixes, window, size]."""
     table = prefix[:, None, suffixes.window_start : suffixes.length].repeat(1, suffixes.num_rows, 1, 1)
-    table[:, suffixes.rows, suffixes.columns] = own
+    table[:, rows, columns] = own
     return table
 
 
