@@ -18,7 +18,7 @@ from lalm_patch.models import LALM
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose a lot on a busy machine
 
 GENDER = Attribute(
     "gender",
