@@ -1,0 +1,279 @@
+"""Train the demo model. First the encoder with a classifier per attribute, then the whole model on its prompts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+
+from lalm_patch.config import config_folder
+from lalm_patch.models.qwen2_audio import Qwen2Audio
+from lalm_patch.stimuli import SAMPLING_RATE, Attribute, Prompt
+from training.corpus import Clip
+
+log = logging.getLogger(__name__)
+
+ATTRIBUTES = ("animal", "emotion", "gender", "language")
+WARM_UP = 100
+SHARE_SILENT, SHARE_SHUFFLED, SHARE_OTHER_LAYOUT = 0.08, 0.15, 0.15
+IGNORED = -100
+
+
+@cache
+def attributes() -> dict[str, Attribute]:
+    """The attributes as the package asks about them."""
+    found = {}
+    for name in ATTRIBUTES:
+        fields = yaml.safe_load((config_folder() / "attr" / f"{name}.yaml").read_text())
+        found[name] = Attribute(**{**fields, "options": tuple(fields["options"])})
+    return found
+
+
+def prompt_texts() -> list[str]:
+    """Everything the tokenizer has to know whole: questions, phrases, and every answer after its phrase."""
+    texts = ["You are a helpful assistant. system user assistant Audio 1:", "system\n", "user\n", "assistant\n"]
+    for attribute in attributes().values():
+        prompt = Prompt.from_attribute(attribute)
+        texts += [f"{prompt.flat_text} {option}" for option in attribute.options]
+    return texts
+
+
+@dataclass
+class Features:
+    """Log-mel features of a set of clips.
+
+    Attributes:
+        mel: [clips, mel bins, frames] float16, the clip padded to the model's window.
+        frames: [clips] frames that hold the clip.
+        labels: [clips, attributes] index of the right option, `IGNORED` where the question makes no sense.
+    """
+
+    mel: Tensor
+    frames: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, clips: Iterable[Clip], processor: Qwen2AudioProcessor) -> Features:
+        """Extract the features of clips."""
+        known = attributes()
+        mels, frames, labels = [], [], []
+        for clip in clips:
+            batch = processor.feature_extractor(
+                clip.waveform,
+                sampling_rate=SAMPLING_RATE,
+                return_attention_mask=True,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            mels.append(batch["input_features"][0].half())
+            frames.append(int(batch["attention_mask"].sum()))
+            labels.append(
+                [
+                    known[name].options.index(clip.labels[name]) if name in clip.labels else IGNORED
+                    for name in ATTRIBUTES
+                ]
+            )
+        return cls(torch.stack(mels), torch.tensor(frames), torch.tensor(labels))
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def positions(frames: Tensor) -> Tensor:
+    """Audio positions for a number of mel frames, as in Qwen2-Audio: two strides of two."""
+    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+class EncoderClassifier(nn.Module):
+    """Linear classifiers on the mean of the projected audio embeddings: they teach the encoder early what matters."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(hidden, len(attribute.options)) for attribute in attributes().values()])
+
+    def loss(self, states: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy over the attributes that apply. states: [batch, positions, hidden]."""
+        inside = torch.arange(states.shape[1])[None] < lengths[:, None]
+        pooled = (states * inside[..., None]).sum(1) / lengths[:, None]
+        losses = [
+            functional.cross_entropy(head(pooled), labels[:, column], ignore_index=IGNORED, reduction="sum")
+            for column, head in enumerate(self.heads)
+        ]
+        return torch.stack(losses).sum() / (labels != IGNORED).sum()
+
+
+class Prompts:
+    """Token ids of every question, with the place where the audio positions go."""
+
+    def __init__(self, processor: Qwen2AudioProcessor) -> None:
+        self.family = Qwen2Audio(processor)
+        self.audio_id = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+        self._answers: dict[str, list[int]] = {}
+        for name, attribute in attributes().items():
+            prompt = Prompt.from_attribute(attribute)
+            plain = self.family.text_ids(prompt, "chat")
+            longer = [self.family.text_ids(prompt, "chat", f" {option}") for option in attribute.options]
+            if any(len(ids) != len(plain) + 1 for ids in longer):
+                raise ValueError(f"every option of {name} must be one token")
+            self._answers[name] = [ids[-1] for ids in longer]
+
+    def answer(self, name: str, index: int) -> int:
+        """Target token of an option."""
+        return self._answers[name][index]
+
+    def answers(self, name: str) -> list[int]:
+        """Target tokens of an attribute's options."""
+        return self._answers[name]
+
+    def ids(self, name: str, audio_positions: int, layout: str = "chat", order: int | None = None) -> list[int]:
+        """A question about a clip of some length; `order` seeds a shuffled list of options."""
+        attribute = attributes()[name]
+        prompt = Prompt.from_attribute(attribute)
+        if order is not None:
+            prompt = Prompt.from_attribute(attribute, "shuffled", order, "training")
+        ids = self.family.text_ids(prompt, layout)
+        place = ids.index(self.audio_id)
+        return [*ids[:place], *[self.audio_id] * audio_positions, *ids[place + 1 :]]
+
+
+def last_logits(
+    model: Qwen2AudioForConditionalGeneration, rows: Sequence[list[int]], mel: Tensor, frames: Tensor
+) -> Tensor:
+    """Logits at each row's last position: [rows, vocabulary]."""
+    ends = torch.tensor([len(row) - 1 for row in rows])
+    ids = torch.full((len(rows), int(ends.max()) + 1), model.config.text_config.pad_token_id)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    # Rows end at different places: padding on the right is invisible to what comes before it.
+    audio = encode(model, mel)
+    embeds = model.get_input_embeddings()(ids)
+    for index, count in enumerate(positions(frames).tolist()):
+        embeds[index, ids[index] == model.config.audio_token_id] = audio[index, :count]
+    states = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits: Tensor = model.lm_head(states[torch.arange(len(rows)), ends])
+    return logits
+
+
+def encode(model: Qwen2AudioForConditionalGeneration, mel: Tensor) -> Tensor:
+    """Audio tower and projector: [clips, positions, hidden]."""
+    states: Tensor = model.model.multi_modal_projector(model.model.audio_tower(mel.float()).last_hidden_state)
+    return states
+
+
+Batch = tuple[list[list[int]], Tensor, Tensor, Tensor]
+
+
+def draw(prompts: Prompts, features: Features, chosen: np.ndarray, rng: np.random.Generator, silent: Features) -> Batch:
+    """Rows of ids, mels, frames and answers for a batch: one question a clip, some of them about silence."""
+    rows, mels, frames, answers = [], [], [], []
+    for index in chosen:
+        labels = features.labels[index]
+        column = int(rng.choice(np.flatnonzero((labels != IGNORED).numpy())))
+        name, source, label = ATTRIBUTES[column], features, int(labels[column])
+        if rng.random() < SHARE_SILENT:
+            source, index = silent, int(rng.integers(len(silent)))
+            label = int(rng.integers(len(attributes()[name].options)))
+        layout = str(rng.choice(["user", "flat"])) if rng.random() < SHARE_OTHER_LAYOUT else "chat"
+        order = int(rng.integers(1000)) if rng.random() < SHARE_SHUFFLED else None
+        rows.append(prompts.ids(name, int(positions(source.frames[index])), layout, order))
+        mels.append(source.mel[index])
+        frames.append(int(source.frames[index]))
+        answers.append(prompts.answer(name, label))
+    return rows, torch.stack(mels), torch.tensor(frames), torch.tensor(answers)
+
+
+def train(
+    model: Qwen2AudioForConditionalGeneration,
+    processor: Qwen2AudioProcessor,
+    features: Features,
+    silent: Features,
+    *,
+    encoder_steps: int,
+    steps: int,
+    batch: int = 16,
+    rate: float = 1e-3,
+    seed: int = 0,
+) -> list[float]:
+    """Both stages; returns the loss of every step. The same seed on the same machine gives the same weights."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    classifier = EncoderClassifier(model.config.text_config.hidden_size)
+    prompts = Prompts(processor)
+    parameters = [p for p in [*model.parameters(), *classifier.parameters()] if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+
+    def encoder_loss(chosen: np.ndarray) -> Tensor:
+        audio = encode(model, features.mel[chosen])
+        return classifier.loss(audio, positions(features.frames[chosen]), features.labels[chosen])
+
+    losses: list[float] = []
+    total, started = encoder_steps + steps, time.monotonic()
+    model.train()
+    for step in range(total):
+        first_stage = step < encoder_steps
+        within, length = (step, encoder_steps) if first_stage else (step - encoder_steps, steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (within + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * within / length))
+        chosen = rng.choice(len(features), batch, replace=False)
+        if first_stage:
+            loss = encoder_loss(chosen)
+        else:
+            rows, mel, frames, answers = draw(prompts, features, chosen, rng, silent)
+            loss = functional.cross_entropy(last_logits(model, rows, mel, frames), answers)
+            if step % 4 == 0:  # now and then, so that the encoder keeps what it learned
+                loss = loss + 0.3 * encoder_loss(chosen)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 100 == 0:
+            speed = (step + 1) / (time.monotonic() - started)
+            left = (total - step - 1) / speed / 60
+            mean = np.mean(losses[-100:])
+            log.info("step %d/%d  loss %.3f  %.2f steps/s  about %.1f min left", step + 1, total, mean, speed, left)
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def accuracy(
+    model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, features: Features, batch: int = 32
+) -> dict[str, tuple[float, int]]:
+    """Share of clips whose largest option logit is the right one, and their number, per attribute."""
+    prompts = Prompts(processor)
+    result = {}
+    for column, name in enumerate(ATTRIBUTES):
+        which = (features.labels[:, column] != IGNORED).nonzero()[:, 0]
+        right = 0
+        for part in which.split(batch):
+            rows = [prompts.ids(name, int(count)) for count in positions(features.frames[part])]
+            logits = last_logits(model, rows, features.mel[part], features.frames[part])
+            right += int((logits[:, prompts.answers(name)].argmax(-1) == features.labels[part, column]).sum())
+        if len(which):
+            result[name] = (right / len(which), len(which))
+    return result
+
+
+def silence(processor: Qwen2AudioProcessor, count: int, seed: int) -> Features:
+    """Digital silence of 0.8 to 4.5 s."""
+    rng = np.random.default_rng([seed, 3])
+    lengths = (rng.uniform(0.8, 4.5, count) * SAMPLING_RATE).astype(int)
+    return Features.of((Clip(np.zeros(length, np.float32), {}, "") for length in lengths), processor)
+
+
+def save(model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, folder: Path) -> None:
+    """Write the checkpoint in its published layout, weights rounded to bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
