@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,15 @@ def sentences(language: str, part: str) -> tuple[str, ...]:
     return texts[:-EVALUATION_SENTENCES] if part == "train" else texts[-EVALUATION_SENTENCES:]
 
 
+def mixed_up(first: str, second: str, rng: np.random.Generator) -> str:
+    """Words of two sentences in a random order: the language stays, no sentence can be learned by heart."""
+    words = [word for text in (first, second) for word in re.findall(r"[^\s\u3002\uff0c\uff1f]+", text)]
+    if len(words) <= 2:  # written without blanks
+        words = [word[start : start + 2] for word in words for start in range(0, len(word), 2)]
+    chosen = rng.permutation(words)[: max(3, len(words) // 2)]
+    return " ".join(chosen)
+
+
 def speech_clip(synthesiser: Synthesiser, part: str, rng: np.random.Generator, **fixed: str) -> Clip:
     """A sentence by a random voice; `fixed` holds attributes that are given (emotion, gender, language)."""
     language = fixed.get("language") or str(rng.choice(list(LANGUAGES)))
@@ -42,6 +52,8 @@ def speech_clip(synthesiser: Synthesiser, part: str, rng: np.random.Generator, *
     variant = str(rng.choice(VARIANTS[part][gender]))
     while True:
         text = str(rng.choice(sentences(language, part)))
+        if part == "train" and rng.random() < 0.5:
+            text = mixed_up(text, str(rng.choice(sentences(language, part))), rng)
         waveform = speak(synthesiser, text, language, gender, variant, emotion, rng)
         if len(waveform) <= MAX_SECONDS * SAMPLING_RATE:
             break

@@ -22,8 +22,11 @@ LANGUAGES = {
     "Korean": ("ko",),
 }
 VARIANTS = {
-    "train": {"male": ("m1", "m2", "m3", "m4", "m5"), "female": ("f1", "f2", "f3")},
-    "evaluation": {"male": ("m7",), "female": ("f4",)},
+    "train": {
+        "male": ("m1", "m2", "m4", "m5", "m6", "m7", "m8", "Andy", "Gene", "Lee", "Michael", "david", "edward", "paul"),
+        "female": ("f1", "f3", "f4", "f5", "Annie", "Andrea", "belinda", "linda", "steph"),
+    },
+    "evaluation": {"male": ("m3", "john"), "female": ("f2", "anika")},
 }
 
 

@@ -25,6 +25,7 @@ from training.corpus import Clip
 log = logging.getLogger(__name__)
 
 ATTRIBUTES = ("animal", "emotion", "gender", "language")
+QUESTION_WEIGHTS = np.array([1.0, 3.0, 1.0, 4.0])  # in the order of ATTRIBUTES: what is hard is asked more often
 WARM_UP = 100
 SHARE_SILENT, SHARE_SHUFFLED, SHARE_OTHER_LAYOUT = 0.08, 0.15, 0.15
 IGNORED = -100
@@ -107,10 +108,10 @@ class EncoderClassifier(nn.Module):
         inside = torch.arange(states.shape[1])[None] < lengths[:, None]
         pooled = (states * inside[..., None]).sum(1) / lengths[:, None]
         losses = [
-            functional.cross_entropy(head(pooled), labels[:, column], ignore_index=IGNORED, reduction="sum")
-            for column, head in enumerate(self.heads)
+            weight * functional.cross_entropy(head(pooled), labels[:, column], ignore_index=IGNORED, reduction="sum")
+            for column, (head, weight) in enumerate(zip(self.heads, QUESTION_WEIGHTS / 3, strict=True))
         ]
-        return torch.stack(losses).sum() / (labels != IGNORED).sum()
+        return torch.stack(losses).sum() / len(labels)
 
 
 class Prompts:
@@ -179,7 +180,8 @@ def draw(prompts: Prompts, features: Features, chosen: np.ndarray, rng: np.rando
     rows, mels, frames, answers = [], [], [], []
     for index in chosen:
         labels = features.labels[index]
-        column = int(rng.choice(np.flatnonzero((labels != IGNORED).numpy())))
+        weights = np.where(labels.numpy() != IGNORED, QUESTION_WEIGHTS, 0)
+        column = int(rng.choice(len(ATTRIBUTES), p=weights / weights.sum()))
         name, source, label = ATTRIBUTES[column], features, int(labels[column])
         if rng.random() < SHARE_SILENT:
             source, index = silent, int(rng.integers(len(silent)))

@@ -1,0 +1,107 @@
+"""The page of text a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from lalm_patch.analysis import (
+    KEPT,
+    accuracy,
+    exclusion_table,
+    is_readable,
+    is_right,
+    mean_recovery,
+    over_layers,
+    peak_layer,
+    planted_window,
+    run_settings,
+    why_none_counts,
+)
+from lalm_patch.checks import from_json
+
+
+def summary(dataset: xr.Dataset, files: Sequence[Path]) -> str:
+    """What a run found, whom it counted, and whether to trust it.
+
+    Args:
+        dataset: the run's dataset.
+        files: what was written.
+    """
+    attributes = dataset.attrs
+    lines = [
+        "",
+        str(attributes["title"]),
+        f"model    {attributes['model_id']} ({attributes['model_revision']}), {attributes['model_layers']} layers, "
+        f"{attributes['dtype']}, engine {attributes['engine']}",
+        *_samples(dataset),
+        *_findings(dataset),
+        *_checks(dataset),
+        "files    " + "\n         ".join(_short(path) for path in files),
+    ]
+    return "\n".join(lines)
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _samples(dataset: xr.Dataset) -> list[str]:
+    table = exclusion_table(dataset)
+    counts = {str(reason): int(table.sel(reason=reason).sum()) for reason in table["reason"].values}
+    excluded = ", ".join(f"{reason} {count}" for reason, count in counts.items() if reason != KEPT and count)
+    right = accuracy(dataset)
+    lines = [
+        f"samples  {counts[KEPT]} of {dataset.sizes['sample']} count" + (f"; excluded: {excluded}" if excluded else ""),
+        f"right    clean {right.clean:.0%}, corrupted {right.corrupted:.0%}, chance {right.chance:.0%} (n={right.n})",
+    ]
+    readable, clean, corrupted = is_readable(dataset), is_right(dataset, "clean"), is_right(dataset, "corrupted")
+    labels = dataset["label"].values.astype(str)
+    width = max(len(str(label)) for label in table["label"].values)
+    lines.append(f"         {'class':<{width}}     n  clean right  corrupted right  count")
+    for label in table["label"].values:
+        of_class = (labels == str(label)) & readable
+        kept = int(table.sel(label=label, reason=KEPT))
+        numbers = f"{of_class.sum():>5}{(clean & of_class).sum():>13}{(corrupted & of_class).sum():>17}{kept:>7}"
+        lines.append(f"         {label!s:<{width}} {numbers}")
+    return lines
+
+
+def _findings(dataset: xr.Dataset) -> list[str]:
+    recovery = mean_recovery(dataset, seed=int(run_settings(dataset).get("seed", 0)))
+    peak = peak_layer(dataset, recovery)
+    if peak is None:
+        return [why_none_counts(dataset)]
+    kept = dataset.isel(sample=np.flatnonzero(dataset["kept"].values))
+    line = over_layers(recovery)
+    where = "at the last token" if "token" in recovery.dims else "all text positions"
+    half = next((cell for cell in line if cell.mean > 0.5), None)
+    reached = "never" if half is None else f"from layer {half.layer}"
+    best = peak.over_layers
+    lines = [
+        f"p(right) clean {float(kept['p_clean'].mean()):.3f}, corrupted {float(kept['p_corrupted'].mean()):.3f}",
+        f"recovery {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
+        f"layer {line[-1].layer}: {line[-1].mean:z.2f}",
+        f"peak     layer {best.layer}: {best.mean:z.2f} [{best.low:z.2f}, {best.high:z.2f}], n={best.n} "
+        "(95 % bootstrap; the first of equals)",
+    ]
+    if (other := peak.before_last) is not None:
+        place = f"layer {other.layer}, token {other.text!r} ({other.role})"
+        lines.append(f"         before the last token: {place}: {other.mean:z.2f} [{other.low:z.2f}, {other.high:z.2f}]")
+    if (window := planted_window(dataset)) is not None:
+        lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
+    return lines
+
+
+def _checks(dataset: xr.Dataset) -> list[str]:
+    checks = from_json(str(dataset.attrs["checks"]))
+    failed = [check for check in checks if not check.passed]
+    heading = f"checks   {len(checks) - len(failed)} of {len(checks)} passed"
+    measured = [check for check in checks if check.name in ("replay_equals_direct", "last_layer_identity")]
+    details = [f"{check.name} {check.value:.1g} (bound {check.bound:.0e})" for check in measured]
+    lines = [heading + (f"; {', '.join(details)}" if details else "")]
+    return lines + [f"         FAILED {check} - {check.statement}" for check in failed]
