@@ -1,0 +1,43 @@
+"""DeSTA2, DeSTA2.5-Audio and Qwen-Audio as modules of transformers 5, read from their published checkpoints.
+
+Their own code runs on older versions of transformers only, so it is not used: nothing here executes code from a hub.
+"""
+
+from __future__ import annotations
+
+from lalm_patch.models.native.audio_lm import NativeAudioLM
+from lalm_patch.models.native.desta_loading import load_desta2, load_desta25
+from lalm_patch.models.native.features import (
+    qwen_audio_features,
+    qwen_audio_frames,
+    qwen_audio_tokens,
+    transcribe,
+    whisper_features,
+)
+from lalm_patch.models.native.prompts import (
+    NativePrompt,
+    Piece,
+    desta2_prompt,
+    desta25_prompt,
+    qwen_audio_base_prompt,
+    qwen_audio_chat_prompt,
+)
+from lalm_patch.models.native.qwen_audio_loading import load_qwen_audio
+
+__all__ = [
+    "NativeAudioLM",
+    "NativePrompt",
+    "Piece",
+    "desta2_prompt",
+    "desta25_prompt",
+    "load_desta2",
+    "load_desta25",
+    "load_qwen_audio",
+    "qwen_audio_base_prompt",
+    "qwen_audio_chat_prompt",
+    "qwen_audio_features",
+    "qwen_audio_frames",
+    "qwen_audio_tokens",
+    "transcribe",
+    "whisper_features",
+]
