@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.metrics import Exclusion, recovery_rate
+from lalm_patch.netcdf import clean_text
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
 
@@ -107,7 +108,7 @@ def _coordinates(
     samples: Sequence[SampleRecord], options: Sequence[str], dims: Sequence[str], layers: Sequence[int], length: int
 ) -> dict[str, Any]:
     coordinates: dict[str, Any] = {
-        "sample": ("sample", np.array([sample.id for sample in samples], object), {"long_name": "clip"}),
+        "sample": ("sample", np.array([clean_text(sample.id) for sample in samples], object), {"long_name": "clip"}),
         "option": ("option", np.array(list(options), object), {"long_name": "answer option"}),
         "layer": ("layer", np.asarray(layers), {"long_name": "decoder layer, from 0"}),
         "label": ("sample", _texts(samples, "label"), {"long_name": "right answer"}),

@@ -91,7 +91,9 @@ def _findings(dataset: xr.Dataset) -> list[str]:
     ]
     if (other := peak.before_last) is not None:
         place = f"layer {other.layer}, token {other.text!r} ({other.role})"
-        lines.append(f"         before the last token: {place}: {other.mean:z.2f} [{other.low:z.2f}, {other.high:z.2f}]")
+        lines.append(
+            f"         before the last token: {place}: {other.mean:z.2f} [{other.low:z.2f}, {other.high:z.2f}]"
+        )
     if (window := planted_window(dataset)) is not None:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
     return lines
