@@ -18,6 +18,7 @@ from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models import LALM, TokenTable, checkpoint
+from lalm_patch.models import family as family_module
 from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings, ModelSettings
@@ -238,6 +239,15 @@ def test_settings_that_cannot_load(checkpoints: dict[str, Path], change: dict[st
     base = {"name": "x", "family": "qwen2_audio", "id": str(checkpoints["qwen2_audio"]), "dtype": "float32"}
     with pytest.raises(ConfigError, match=message):
         LALM.load(ModelSettings(**(base | change)))
+
+
+def test_missing_extra_names_the_line_to_type(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_args: object, **_kwargs: object) -> None:
+        raise ImportError("mistral-common is not installed")
+
+    monkeypatch.setattr(family_module.AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(ModelError, match=r"mistral-common is not installed.*pip install 'lalm_patch\[voxtral\]'"):
+        load(checkpoints["voxtral"], "voxtral")
 
 
 def test_checkpoint_of_another_family_is_refused(checkpoints: dict[str, Path]) -> None:
