@@ -254,6 +254,16 @@ def test_qwen_audio_is_its_equations(
     torch.testing.assert_close(model(**inputs).logits[0], expected, **CLOSE)
 
 
+def test_qwen_audio_crops_before_the_convolutions(qwen: tuple[Any, Any, Any]) -> None:
+    model, _, extractor = qwen
+    clip = noise(1.0)
+    cropped = qwen_audio_features(extractor, [clip])
+    whole = whisper_features(extractor, [clip])
+    assert whole.shape[-1] == 300
+    expected = model.get_audio_features(**cropped)
+    torch.testing.assert_close(model.get_audio_features(whole, cropped["feature_lengths"]), expected, rtol=0, atol=0)
+
+
 def test_qwen_audio_refuses_what_it_does_not_compute(qwen: tuple[Any, Any, Any], qwen_folder: Path) -> None:
     model = qwen[0]
     model(inputs_embeds=torch.zeros(1, 256, 32))

@@ -87,6 +87,9 @@ def test_keys_that_differ_are_named(desta2_files: DestaFiles, qwen_folder: Path,
     torch.save(tensors | {"proj.2.bias": lost}, file)
     with pytest.raises(ModelError, match=r"1 missing keys: proj\.1\.bias; 1 unexpected keys: proj\.2\.bias"):
         load_desta2(folder)
+    torch.save(tensors | {"proj.1.bias": lost, "proj.2.bias": lost}, file)
+    with pytest.raises(ModelError, match=r"size: 1 unexpected keys: proj\.2\.bias"):
+        load_desta2(folder)
     torch.save(tensors | {"proj.1.bias": lost[:-1]}, file)
     with pytest.raises(ModelError, match=r"1 tensors of another shape: linear\.bias is \[31\], expected \[32\]"):
         load_desta2(folder)

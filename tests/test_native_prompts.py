@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,7 @@ from lalm_patch.models.native import (
     qwen_audio_tokens,
     whisper_features,
 )
+from lalm_patch.models.native.qwen_tokenizer import read_qwen_tokenizer
 
 QUESTION = "What is the gender of the speaker in the speech? Possible options: male, female."
 PIECES = (
@@ -192,15 +195,41 @@ QWEN_SPLIT = (
 WORDS = ("gender", " the", "aa", " ", "\n", "speech", "12", "é", "'s", ".", "are")
 
 
+@functools.cache
+def qwen_encoding() -> tiktoken.Encoding:
+    return tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=qwen_ranks(), special_tokens={})
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=60) | st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
 def test_qwen_tokenizer_is_tiktoken(qwen: tuple[Any, Any, Any], text: str) -> None:
     tokenizer = qwen[1]
-    encoding = tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=qwen_ranks(), special_tokens={})
-    text = unicodedata.normalize("NFC", text.replace("<", ""))
+    encoding = qwen_encoding()
+    text = text.replace("<", "")
+    composed = unicodedata.normalize("NFC", text)
     ids = tokenizer(text)["input_ids"]
-    assert ids == encoding.encode(text, disallowed_special=())
-    assert tokenizer.decode(ids) == text
+    assert ids == encoding.encode(composed, disallowed_special=())
+    assert tokenizer.decode(ids) == composed
+
+
+def test_qwen_tokenizer_merges_by_rank(tmp_path: Path) -> None:
+    # abc can be put together in two ways; qrs in none, but is taken where it is a word of its own.
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258, b"qrs": 259}
+    file = tmp_path / "qwen.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    tokenizer = read_qwen_tokenizer(file)
+    encoding = tiktoken.Encoding("qwen", pat_str=QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    for text in ("abc", "xabc", "bcabc", "qrs", "aqrs", "e\u0301"):
+        assert tokenizer(text)["input_ids"] == encoding.encode(unicodedata.normalize("NFC", text)), text
+    assert tokenizer("qrs")["input_ids"] == [259]
+    file.write_text("YQ== 0\n\nnot base64\n")
+    with pytest.raises(ModelError, match=r"qwen\.tiktoken, line 3: expected base64, a blank and a rank"):
+        read_qwen_tokenizer(file)
+    file.write_text("YQ== 0\n")
+    with pytest.raises(ModelError, match="ranks 0 to 0 once each and every single byte"):
+        read_qwen_tokenizer(file)
+    with pytest.raises(ModelError, match="tokenizer file is needed"):
+        read_qwen_tokenizer(tmp_path / "none")
 
 
 def test_qwen_special_ids(qwen: tuple[Any, Any, Any]) -> None:
