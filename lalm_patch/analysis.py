@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ def mean_recovery(dataset: xr.Dataset, confidence: float = 0.95, seed: int = 0, 
         raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
     samples = align_tokens(dataset) if "token" in dataset["recovery_rate"].dims else _kept(dataset)
     rates = samples["recovery_rate"].transpose("sample", "layer", ...)
-    values = rates.values.astype(np.float64).reshape(rates.sizes["sample"], -1)
+    values = rates.values.astype(np.float64).reshape(rates.sizes["sample"], prod(rates.shape[1:]))
     present = ~np.isnan(values)
     names = samples["group"].values if "group" in samples.coords else np.arange(rates.sizes["sample"])
     _, cluster = np.unique(names.astype(str), return_inverse=True)
@@ -183,7 +184,8 @@ def _interval(
         batch=max(1, min(n_resamples, _BATCH_CELLS // max(n_cells, n_clusters))),
         random_state=np.random.default_rng(seed),
     )
-    return result.confidence_interval.low, result.confidence_interval.high
+    interval = result.confidence_interval
+    return np.asarray(interval.low), np.asarray(interval.high)
 
 
 def peak_layer(dataset: xr.Dataset, recovery: xr.Dataset | None = None) -> Peak | None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
-from lalm_patch.analysis import align_tokens, mean_recovery, planted_window, run_settings, segments, why_none_counts
+from lalm_patch.analysis import mean_recovery, planted_window, run_settings, segments, why_none_counts
 from lalm_patch.journal import storage_error
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ ROLE_COLOURS = {
     "template": "#8c8c8c",
     "last": "#8172b3",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 9,
     "axes.titlesize": 10,
@@ -195,8 +195,7 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     figure, axes = _canvas(width, height)
     largest = float(np.nanmax(np.abs(means)))
     limit = min(max(1.0, largest), STRONGEST)
-    colours = seaborn.color_palette("vlag", as_cmap=True).copy()
-    colours.set_bad("0.8")
+    colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
     image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
     axes.set_xticks(
         np.arange(n_tokens) + 0.5,

@@ -16,9 +16,9 @@ from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 import lalm_patch
 from lalm_patch.stimuli import load_demo
 from training.corpus import Clip, clips, write_corpus
-from training.model import make_model, make_processor
+from training.model import make_model, make_processor, plant_window
 from training.speech import Synthesiser
-from training.train import Features, accuracy, attributes, prompt_texts, save, silence, train
+from training.train import QUESTION_WEIGHTS, Features, accuracy, attributes, prompt_texts, save, silence, train
 
 log = logging.getLogger("training")
 
@@ -57,6 +57,11 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=2200)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument(
+        "--weights", type=float, nargs=4, default=QUESTION_WEIGHTS, help="how often each attribute is asked"
+    )
+    parser.add_argument("--go-on-from", type=Path, help="a checkpoint to train further, instead of a fresh model")
     parser.add_argument("--corpus-only", action="store_true", help="write the corpus, train nothing")
     parser.add_argument("--measure-only", action="store_true", help="print the accuracy of the model in --out")
     options = parser.parse_args()
@@ -73,8 +78,13 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     """Train the model and save it."""
     started = time.monotonic()
-    processor = make_processor(prompt_texts())
-    model = make_model(processor, options.seed)
+    if options.go_on_from:
+        processor = Qwen2AudioProcessor.from_pretrained(options.go_on_from)
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(options.go_on_from, dtype=torch.float32)
+        model = plant_window(model)
+    else:
+        processor = make_processor(prompt_texts())
+        model = make_model(processor, options.seed)
     log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     material = clips(Synthesiser(), "train", options.speech, options.animals, options.seed)
     features = Features.of(material, processor)
@@ -86,7 +96,9 @@ def make(options: argparse.Namespace) -> None:
         silence(processor, 200, options.seed),
         encoder_steps=options.encoder_steps,
         steps=options.steps,
+        rate=options.rate,
         seed=options.seed,
+        weights=options.weights,
     )
     save(model, processor, options.out / "model")
     log.info("trained after %.1f min", (time.monotonic() - started) / 60)

@@ -75,7 +75,12 @@ def make_model(
         },
         audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
     )
-    model = Qwen2AudioForConditionalGeneration(config)
+    return plant_window(Qwen2AudioForConditionalGeneration(config))
+
+
+def plant_window(model: Qwen2AudioForConditionalGeneration) -> Qwen2AudioForConditionalGeneration:
+    """Make the attention output of every decoder layer outside `WINDOW` zero, and keep it so."""
+    first, end = WINDOW
     for index, layer in enumerate(model.get_decoder().layers):
         if not first <= index < end:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)

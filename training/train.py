@@ -25,7 +25,7 @@ from training.corpus import Clip
 log = logging.getLogger(__name__)
 
 ATTRIBUTES = ("animal", "emotion", "gender", "language")
-QUESTION_WEIGHTS = np.array([1.0, 3.0, 1.0, 4.0])  # in the order of ATTRIBUTES: what is hard is asked more often
+QUESTION_WEIGHTS = (1.0, 3.0, 1.0, 4.0)  # in the order of ATTRIBUTES: what is hard is asked more often
 WARM_UP = 100
 SHARE_SILENT, SHARE_SHUFFLED, SHARE_OTHER_LAYOUT = 0.08, 0.15, 0.15
 IGNORED = -100
@@ -108,8 +108,10 @@ class EncoderClassifier(nn.Module):
         inside = torch.arange(states.shape[1])[None] < lengths[:, None]
         pooled = (states * inside[..., None]).sum(1) / lengths[:, None]
         losses = [
-            weight * functional.cross_entropy(head(pooled), labels[:, column], ignore_index=IGNORED, reduction="sum")
-            for column, (head, weight) in enumerate(zip(self.heads, QUESTION_WEIGHTS / 3, strict=True))
+            weight
+            / 3
+            * functional.cross_entropy(head(pooled), labels[:, column], ignore_index=IGNORED, reduction="sum")
+            for column, (head, weight) in enumerate(zip(self.heads, QUESTION_WEIGHTS, strict=True))
         ]
         return torch.stack(losses).sum() / len(labels)
 
@@ -175,13 +177,20 @@ def encode(model: Qwen2AudioForConditionalGeneration, mel: Tensor) -> Tensor:
 Batch = tuple[list[list[int]], Tensor, Tensor, Tensor]
 
 
-def draw(prompts: Prompts, features: Features, chosen: np.ndarray, rng: np.random.Generator, silent: Features) -> Batch:
+def draw(
+    prompts: Prompts,
+    features: Features,
+    chosen: np.ndarray,
+    rng: np.random.Generator,
+    silent: Features,
+    weights: Sequence[float],
+) -> Batch:
     """Rows of ids, mels, frames and answers for a batch: one question a clip, some of them about silence."""
     rows, mels, frames, answers = [], [], [], []
     for index in chosen:
         labels = features.labels[index]
-        weights = np.where(labels.numpy() != IGNORED, QUESTION_WEIGHTS, 0)
-        column = int(rng.choice(len(ATTRIBUTES), p=weights / weights.sum()))
+        shares = np.where(labels.numpy() != IGNORED, weights, 0)
+        column = int(rng.choice(len(ATTRIBUTES), p=shares / shares.sum()))
         name, source, label = ATTRIBUTES[column], features, int(labels[column])
         if rng.random() < SHARE_SILENT:
             source, index = silent, int(rng.integers(len(silent)))
@@ -206,6 +215,7 @@ def train(
     batch: int = 16,
     rate: float = 1e-3,
     seed: int = 0,
+    weights: Sequence[float] = QUESTION_WEIGHTS,
 ) -> list[float]:
     """Both stages; returns the loss of every step. The same seed on the same machine gives the same weights."""
     rng = np.random.default_rng(seed)
@@ -231,7 +241,7 @@ def train(
         if first_stage:
             loss = encoder_loss(chosen)
         else:
-            rows, mel, frames, answers = draw(prompts, features, chosen, rng, silent)
+            rows, mel, frames, answers = draw(prompts, features, chosen, rng, silent, weights)
             loss = functional.cross_entropy(last_logits(model, rows, mel, frames), answers)
             if step % 4 == 0:  # now and then, so that the encoder keeps what it learned
                 loss = loss + 0.3 * encoder_loss(chosen)
