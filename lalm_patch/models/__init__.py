@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lalm_patch.models.family import Family
+from lalm_patch.models.generic import Generic
 from lalm_patch.models.lalm import LALM, Encoding
 from lalm_patch.models.qwen2_audio import Qwen2Audio
 from lalm_patch.models.tokens import ROLES, TokenTable
 from lalm_patch.models.voxtral import Voxtral
 
-FAMILIES: dict[str, type[Family]] = {"qwen2_audio": Qwen2Audio, "voxtral": Voxtral}
+FAMILIES: dict[str, type[Family]] = {"qwen2_audio": Qwen2Audio, "voxtral": Voxtral, "generic": Generic}
 """Adapters by the name a model's YAML gives in `family`."""
 
 __all__ = ["FAMILIES", "LALM", "ROLES", "Encoding", "Family", "TokenTable"]

@@ -1,0 +1,178 @@
+"""Audio language models whose transformers classes follow the common pattern: one adapter, their differences as data.
+
+The pattern: the processor replaces one placeholder in the text by as many as there are audio embeddings, the model
+writes the embeddings over the placeholders, and a decoder with a causal residual stream does the rest. What an
+architecture does otherwise is refused here with the reason, or found by the proof at load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from lalm_patch.errors import ModelError
+from lalm_patch.models.family import Family
+from lalm_patch.stimuli import SAMPLING_RATE, Prompt
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How checkpoints of one `model_type` differ from the rest.
+
+    Attributes:
+        model_class: transformers' class with the decoder and its head; of an omni model the part that writes text.
+        audio_in_text: the template takes plain strings: the placeholder is put before the question by hand.
+        audio_only: processor class to build from the feature extractor and the tokenizer alone, so that packages for
+            images and video are not needed.
+    """
+
+    model_class: str
+    audio_in_text: bool = False
+    audio_only: str | None = None
+
+
+ARCHITECTURES = {
+    "audioflamingo3": Architecture("AudioFlamingo3ForConditionalGeneration"),
+    "musicflamingo": Architecture("MusicFlamingoForConditionalGeneration"),
+    "glmasr": Architecture("GlmAsrForConditionalGeneration"),
+    "qwen3_asr": Architecture("Qwen3ASRForConditionalGeneration"),
+    "qwen2_5_omni": Architecture("Qwen2_5OmniThinkerForConditionalGeneration", audio_only="Qwen2_5OmniProcessor"),
+    "qwen3_omni_moe": Architecture("Qwen3OmniMoeThinkerForConditionalGeneration", audio_only="Qwen3OmniMoeProcessor"),
+}
+"""Architectures the method applies to, by the `model_type` of their config.json."""
+
+_STREAMING = "it adds the audio to every text position, so no position holds audio alone"
+_RECURRENT = "its state-space layers carry states past the residual stream, so a patched position is not restored"
+_ENCODER_DECODER = "it is an encoder-decoder: sound enters every decoder layer by cross-attention, not as positions"
+REFUSED = {
+    "gemma3n": "its decoder layers carry four parallel streams [4, batch, positions, hidden], not one residual stream",
+    "voxtral_realtime": _STREAMING,
+    "kyutai_speech_to_text": _STREAMING,
+    "moshi": _STREAMING,
+    "nemotron_h_omni": _RECURRENT,
+    "whisper": _ENCODER_DECODER,
+    "cohere_asr": _ENCODER_DECODER,
+    "seamless_m4t_v2": _ENCODER_DECODER,
+}
+"""Why causal tracing of token positions does not apply, by `model_type`."""
+
+
+class Generic(Family):
+    """Any architecture in `ARCHITECTURES`. The response phrase is put after the template's generation prompt."""
+
+    model_types: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
+
+    def __init__(self, processor: Any, architecture: Architecture) -> None:
+        super().__init__(processor)
+        self.architecture = architecture
+
+    @classmethod
+    def load(cls, folder: Path, **weights: Any) -> tuple[PreTrainedModel, Family]:
+        """As `Family.load`.
+
+        Raises:
+            ModelError: an architecture the method does not apply to, or that is not known, or missing weights.
+        """
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        if found in REFUSED:
+            raise ModelError(f"{folder}: causal tracing does not apply to {found!r}: {REFUSED[found]}")
+        if found not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ModelError(f"{folder} is a checkpoint of type {found!r}, family generic takes {known}")
+        architecture = ARCHITECTURES[found]
+        try:
+            processor = _processor(folder, architecture)
+        except ImportError as error:
+            raise ModelError(f"{folder}: the processor needs a package that is missing: {error}") from error
+        model_class: Any = getattr(transformers, architecture.model_class)
+        module, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **weights)
+        # transformers would fill gaps with random numbers. Surplus weights are an omni model's parts that speak.
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"{folder}: {len(missing)} weights of {architecture.model_class} are not in the checkpoint, the first "
+                f"is {missing[0]}; expected a complete checkpoint in transformers' own layout"
+            )
+        return module, cls(processor, architecture)
+
+    @property
+    def max_seconds(self) -> float:
+        """The processor's own limit in seconds; without one, the feature extractor's window, or no limit."""
+        limit = getattr(self.processor, "max_audio_len", None)
+        extractor = getattr(self.processor, "feature_extractor", None)
+        if limit is None and hasattr(extractor, "n_samples"):
+            return super().max_seconds
+        return math.inf if limit is None else float(limit)
+
+    def inputs(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> dict[str, torch.Tensor]:
+        """The processor's tensors; `input_ids` hold one placeholder per audio position."""
+        text = self._text(prompt)
+        batch = self.processor(
+            text=[text],
+            audio=[waveform],
+            return_tensors="pt",
+            text_kwargs=self._specials(text),
+            audio_kwargs={"sampling_rate": SAMPLING_RATE},
+        )
+        return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def text_ids(self, prompt: Prompt, layout: str, continuation: str = "") -> list[int]:
+        """Ids with a single placeholder."""
+        text = self._text(prompt) + continuation
+        return list(self.tokenizer(text, **self._specials(text))["input_ids"])
+
+    def audio_mask(self, inputs: dict[str, torch.Tensor], module: PreTrainedModel) -> torch.Tensor:
+        """Positions of the placeholder whose id the config names, wherever it does."""
+        config: Any = module.config
+        places = (config, getattr(config, "audio_config", None))
+        names = ("audio_token_id", "audio_token_index")
+        ids = [getattr(place, name, None) for place in places for name in names]
+        known = next((id for id in ids if id is not None), None)
+        if known is None:
+            raise ModelError(f"{type(module).__name__}: its config names no audio token id (looked for {names})")
+        return inputs["input_ids"][0].eq(known)
+
+    def _text(self, prompt: Prompt) -> str:
+        content: Any = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": prompt.text}]
+        if self.architecture.audio_in_text:
+            content = f"{self.processor.audio_token}{prompt.text}"
+        turns = [{"role": "user", "content": content}]
+        opened = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return f"{opened}{prompt.response}"
+
+    def _specials(self, text: str) -> dict[str, bool]:
+        """Without this a tokenizer that adds its own begin-of-text token would double the template's."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": not (bos and text.startswith(bos))}
+
+
+def _processor(folder: Path, architecture: Architecture) -> Any:
+    if architecture.audio_only is None:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processor_class: Any = getattr(transformers, architecture.audio_only)
+
+    class AudioOnly(processor_class):  # type: ignore[misc]
+        """The processor without its parts for images and video."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AudioOnly(feature_extractor=extractor, tokenizer=tokenizer, chat_template=_template(folder, tokenizer))
+
+
+def _template(folder: Path, tokenizer: Any) -> str | None:
+    """The chat template, from whichever file the checkpoint keeps it in."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8")
+            return str(json.loads(text)["chat_template"]) if name.endswith("json") else text
+    return str(tokenizer.chat_template) if tokenizer.chat_template else None
