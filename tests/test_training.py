@@ -19,7 +19,8 @@ from training.sentences import SENTENCES
 from training.speech import LANGUAGES, SAMPLING_RATE, VARIANTS, Synthesiser
 from training.train import Features, accuracy, attributes, positions, prompt_texts, save, silence, train
 
-BARS = {"gender": 0.90, "language": 0.75, "emotion": 0.75, "animal": 0.75}
+# A little below what the shipped checkpoint reaches (see its README): a worse one must not replace it unnoticed.
+BARS = {"gender": 0.75, "language": 0.40, "emotion": 0.55, "animal": 0.75}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+from transformers.masking_utils import create_bidirectional_mask
 
 from lalm_patch.config import config_folder
 from lalm_patch.models.qwen2_audio import Qwen2Audio
@@ -159,7 +160,7 @@ def last_logits(
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
     # Rows end at different places: padding on the right is invisible to what comes before it.
-    audio = encode(model, mel)
+    audio = encode(model, mel, frames)
     embeds = model.get_input_embeddings()(ids)
     for index, count in enumerate(positions(frames).tolist()):
         embeds[index, ids[index] == model.config.audio_token_id] = audio[index, :count]
@@ -168,9 +169,15 @@ def last_logits(
     return logits
 
 
-def encode(model: Qwen2AudioForConditionalGeneration, mel: Tensor) -> Tensor:
-    """Audio tower and projector: [clips, positions, hidden]."""
-    states: Tensor = model.model.multi_modal_projector(model.model.audio_tower(mel.float()).last_hidden_state)
+def encode(model: Qwen2AudioForConditionalGeneration, mel: Tensor, frames: Tensor) -> Tensor:
+    """Audio tower and projector as the model runs them, the clip's padding masked: [clips, positions, hidden]."""
+    tower = model.model.audio_tower
+    length = mel.shape[-1] // 2
+    inside = (torch.arange(length)[None] < ((frames - 1) // 2 + 1)[:, None]).long()
+    mask = create_bidirectional_mask(
+        config=tower.config, inputs_embeds=torch.zeros(len(mel), length, 1), attention_mask=inside
+    )
+    states: Tensor = model.model.multi_modal_projector(tower(mel.float(), attention_mask=mask).last_hidden_state)
     return states
 
 
@@ -226,7 +233,7 @@ def train(
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
 
     def encoder_loss(chosen: np.ndarray) -> Tensor:
-        audio = encode(model, features.mel[chosen])
+        audio = encode(model, features.mel[chosen], features.frames[chosen])
         return classifier.loss(audio, positions(features.frames[chosen]), features.labels[chosen])
 
     losses: list[float] = []
