@@ -15,11 +15,12 @@ from tiny_generic import AUDIO, BOS, EOS, save_generic
 from tokenizers.processors import TemplateProcessing
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.engine.choose import choose_engine
+from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import token_grid
 from lalm_patch.interventions import Intervention, Patch
 from lalm_patch.models import LALM, TokenTable
+from lalm_patch.models import generic as generic_module
 from lalm_patch.models.generic import ARCHITECTURES, REFUSED
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings
@@ -46,9 +47,9 @@ def test_weights_are_the_checkpoints_own(folder: Path, generic: LALM) -> None:
     saved = load_file(folder / "model.safetensors")
     for part, tensor in (("head", generic.module.get_output_embeddings().weight), ("norm", generic.norm.weight)):
         assert any(value.shape == tensor.shape and torch.equal(value, tensor) for value in saved.values()), part
-    queries = [layer.self_attn.q_proj.weight for layer in generic.module.get_decoder().layers]
-    same_shape = [value for value in saved.values() if value.shape == queries[0].shape]
-    assert all(any(torch.equal(value, query) for value in same_shape) for query in queries)
+    outputs = [layer.self_attn.o_proj.weight for layer in generic.module.get_decoder().layers]
+    same_shape = [value for value in saved.values() if value.shape == outputs[0].shape]
+    assert all(any(torch.equal(value, output) for value in same_shape) for output in outputs)
 
 
 def test_roles_spell_out_the_prompt(generic: LALM, prompt: Prompt) -> None:
@@ -63,8 +64,10 @@ def test_roles_spell_out_the_prompt(generic: LALM, prompt: Prompt) -> None:
 
 
 def test_positions_follow_the_encoders_rate(folder: Path, generic: LALM, prompt: Prompt) -> None:
-    """Positions per second: 25 for two poolings, 12.5 for four stacked frames, 13 for a window of three strides."""
-    expected = {"glmasr": (12, 25), "qwen3_asr": (13, 26), "qwen3_omni_moe": (13, 26)}.get(folder.name, (25, 50))
+    """Positions per second: 25 for two poolings, 12.5 for four stacked frames or three strides."""
+    expected = {"glmasr": (12, 25), "qwen3_asr": (13, 26), "qwen3_omni_moe": (13, 26), "phi4_multimodal": (13, 25)}.get(
+        folder.name, (25, 50)
+    )
     found = [len(generic.inputs(noise(seconds), prompt, "chat")[0].audio_positions) for seconds in (1.0, 2.0)]
     assert tuple(found) == expected
 
@@ -122,7 +125,7 @@ def test_automatic_engine_is_replay(generic: LALM, prompt: Prompt) -> None:
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
 def test_architecture_the_method_does_not_apply_to_is_refused(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ModelError, match=f"does not apply to '{model_type}': it") as caught:
+    with pytest.raises(ModelError, match=f"type '{model_type}' cannot be traced: its? ") as caught:
         load(tmp_path, "generic")
     assert REFUSED[model_type] in str(caught.value)
 
@@ -140,6 +143,24 @@ def test_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights of Qwen2_5OmniThinker.* the first is lm_head\.weight"):
         load(folder, "generic")
+
+
+def test_lora_weights_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the weights in that folder the model would run, and hear worse than it was trained to."""
+    folder = save_generic(tmp_path / "phi4", "phi4_multimodal")
+    (folder / "speech-lora").mkdir()
+    monkeypatch.setattr(generic_module, "is_peft_available", lambda: False)
+    with pytest.raises(ModelError, match="LoRA weights in speech-lora: pip install peft"):
+        load(folder, "generic")
+
+
+@pytest.mark.parametrize(("window", "blocked"), [(None, False), (2048, False), (2047, True)])
+def test_only_a_window_shorter_than_the_longest_prompt_blocks_replay(
+    tmp_path: Path, window: int | None, blocked: bool
+) -> None:
+    lalm = load(save_generic(tmp_path / "phi4", "phi4_multimodal"), "generic")
+    lalm.decoder_module.config.sliding_window = window
+    assert (replay_obstacle(lalm) is not None) == blocked
 
 
 def test_prompt_begins_once(tmp_path: Path) -> None:

@@ -186,10 +186,36 @@ def save_omni(folder: Path, model_type: str) -> Path:
     return folder
 
 
+def save_phi4(folder: Path) -> Path:
+    """Phi-4-multimodal: plain strings in the template, a decoder that puts the audio in by itself."""
+    tokenizer = tokenizer_with_audio()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"crop_size": 28, "image_size": 28, "patch_size": 14}
+    audio = {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16}
+    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8}
+    text = text_config(tokenizer, max_position_embeddings=2048, original_max_position_embeddings=2048)
+    del text["head_dim"]
+    config = transformers.Phi4MultimodalConfig(
+        audio_config=audio | {"audio_token_id": tokenizer.convert_tokens_to_ids(AUDIO), "feature_layer": 0},
+        vision_config=vision | {"image_token_id": tokenizer.convert_tokens_to_ids(OTHERS[0])},
+        sliding_window=4096,  # as published, longer than any prompt
+        **text,
+    )
+    model = randomise(transformers.Phi4MultimodalForCausalLM(config), seed=0, scale=WINDOWED_SCALE)
+    model.save_pretrained(folder)
+    transformers.Phi4MultimodalFeatureExtractor(feature_size=16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return folder
+
+
 def save_generic(folder: Path, model_type: str) -> Path:
     """The tiny checkpoint of one architecture."""
     if model_type in ("audioflamingo3", "musicflamingo"):
         return save_flamingo(folder, model_type)
     if model_type in ("qwen2_5_omni", "qwen3_omni_moe"):
         return save_omni(folder, model_type)
-    return {"glmasr": save_glmasr, "qwen3_asr": save_qwen3_asr}[model_type](folder)
+    return {"glmasr": save_glmasr, "qwen3_asr": save_qwen3_asr, "phi4_multimodal": save_phi4}[model_type](folder)

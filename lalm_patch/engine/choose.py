@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,9 @@ def replay_obstacle(lalm: LALM) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention"}:
         return f"its layers are of kinds {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    window = getattr(config, "sliding_window", None) or math.inf
+    # A window no prompt can outgrow is none.
+    if window < getattr(config, "max_position_embeddings", math.inf) and getattr(config, "use_sliding_window", True):
         return f"it attends through a sliding window of {config.sliding_window}"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share keys and values"

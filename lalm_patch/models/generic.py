@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_peft_available
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.family import Family
@@ -32,11 +33,13 @@ class Architecture:
         audio_in_text: the template takes plain strings: the placeholder is put before the question by hand.
         audio_only: processor class to build from the feature extractor and the tokenizer alone, so that packages for
             images and video are not needed.
+        adapter: folder inside the checkpoint with LoRA weights that belong to audio; loaded where it is there.
     """
 
     model_class: str
     audio_in_text: bool = False
     audio_only: str | None = None
+    adapter: str | None = None
 
 
 ARCHITECTURES = {
@@ -46,6 +49,9 @@ ARCHITECTURES = {
     "qwen3_asr": Architecture("Qwen3ASRForConditionalGeneration"),
     "qwen2_5_omni": Architecture("Qwen2_5OmniThinkerForConditionalGeneration", audio_only="Qwen2_5OmniProcessor"),
     "qwen3_omni_moe": Architecture("Qwen3OmniMoeThinkerForConditionalGeneration", audio_only="Qwen3OmniMoeProcessor"),
+    "phi4_multimodal": Architecture(
+        "Phi4MultimodalForCausalLM", audio_in_text=True, audio_only="Phi4MultimodalProcessor", adapter="speech-lora"
+    ),
 }
 """Architectures the method applies to, by the `model_type` of their config.json."""
 
@@ -54,6 +60,9 @@ _RECURRENT = "its state-space layers carry states past the residual stream, so a
 _ENCODER_DECODER = "it is an encoder-decoder: sound enters every decoder layer by cross-attention, not as positions"
 REFUSED = {
     "gemma3n": "its decoder layers carry four parallel streams [4, batch, positions, hidden], not one residual stream",
+    "gemma4": "its upper decoder layers read the keys and values of a lower one, past the residual stream",
+    "granite_speech": "its transformers class leaves out the scaling of the logits, and outside generate() the LoRA "
+    "weights for audio, so its probabilities are not the trained model's",
     "voxtral_realtime": _STREAMING,
     "kyutai_speech_to_text": _STREAMING,
     "moshi": _STREAMING,
@@ -62,7 +71,7 @@ REFUSED = {
     "cohere_asr": _ENCODER_DECODER,
     "seamless_m4t_v2": _ENCODER_DECODER,
 }
-"""Why causal tracing of token positions does not apply, by `model_type`."""
+"""Why token positions cannot be traced, by `model_type`."""
 
 
 class Generic(Family):
@@ -83,7 +92,7 @@ class Generic(Family):
         """
         found = json.loads((folder / "config.json").read_text()).get("model_type")
         if found in REFUSED:
-            raise ModelError(f"{folder}: causal tracing does not apply to {found!r}: {REFUSED[found]}")
+            raise ModelError(f"{folder}: a checkpoint of type {found!r} cannot be traced: {REFUSED[found]}")
         if found not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ModelError(f"{folder} is a checkpoint of type {found!r}, family generic takes {known}")
@@ -100,6 +109,12 @@ class Generic(Family):
                 f"{folder}: {len(missing)} weights of {architecture.model_class} are not in the checkpoint, the first "
                 f"is {missing[0]}; expected a complete checkpoint in transformers' own layout"
             )
+        if architecture.adapter and (folder / architecture.adapter).is_dir():
+            if not is_peft_available():
+                raise ModelError(
+                    f"{folder}: its audio needs the LoRA weights in {architecture.adapter}: pip install peft"
+                )
+            module.load_adapter(str(folder / architecture.adapter))
         return module, cls(processor, architecture)
 
     @property
@@ -164,9 +179,11 @@ def _processor(folder: Path, architecture: Architecture) -> Any:
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return AudioOnly(feature_extractor=extractor, tokenizer=tokenizer, chat_template=_template(folder, tokenizer))
+    extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    parts = {"tokenizer": tokenizer, "feature_extractor": extractor, "audio_processor": extractor}
+    wanted = {name: parts.get(name) for name in processor_class.get_attributes()}
+    return AudioOnly(**wanted, chat_template=_template(folder, tokenizer))
 
 
 def _template(folder: Path, tokenizer: Any) -> str | None:

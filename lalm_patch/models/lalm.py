@@ -145,8 +145,11 @@ class LALM:
         """The decoder's inputs for inputs that `inputs` returned."""
         with torch.no_grad(), self.traced.trace(**inputs) as tracer:
             received = nnsight.save(dict(self.decoder.inputs[1]))
+            # Some decoders take ids and put the audio in themselves: what enters the first layer is the same thing.
+            entering = self.layers[0].input.clone().save()
             tracer.stop()
-        embeds: Tensor = received["inputs_embeds"]
+        given = received.get("inputs_embeds")
+        embeds: Tensor = entering if given is None else given
         positions = embeds.shape[1]
         if positions != len(tokens):
             raise ModelError(
