@@ -45,7 +45,8 @@ def compose(*overrides: str) -> RunSettings:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
+        because = f": {error.__cause__}" if error.__cause__ else ""
+        raise ConfigError(f"{error}{because}") from error
     return to_settings(config)
 
 
