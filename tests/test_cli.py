@@ -108,7 +108,7 @@ def test_wrong_group_name_answers_with_the_names(tmp_path: Path, override: str, 
         (("model.dtype=int8",), "model.dtype=int8: expected one of float32, bfloat16, float16"),
         (("data.limit=0",), "data.limit: expected a whole number from 1"),
         (("data=sakura", "data.root=/no/such/place"), "/no/such/place"),
-        (("model=voxtral", "model.id=./nowhere"), "model.id=./nowhere: no such folder"),
+        (("model=voxtral", "model.id=./nowhere", "data=demo"), "model.id=./nowhere: no such folder"),
         (("granularity.layers=[99]",), "the model has decoder layers 0 to 7"),
     ],
 )
