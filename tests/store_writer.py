@@ -78,7 +78,7 @@ def ended(child: BaseProcess) -> int:
     return child.exitcode
 
 
-def write_until(folder: Path, count: int, call: int, torn: bool) -> None:
+def write_until(folder: Path, count: int, acknowledge: Path, call: int, torn: bool) -> None:
     """`write_run`, killed right before its change of the disk number `call`; with `torn`, in the middle of a write."""
     made = 0
 
@@ -96,7 +96,7 @@ def write_until(folder: Path, count: int, call: int, torn: bool) -> None:
 
     for name in CHANGES:
         setattr(os, name, counted(name, getattr(os, name)))
-    write_run(folder, count)
+    write_run(folder, count, acknowledge=acknowledge)
 
 
 def hold(folder: Path, ready: Path) -> None:

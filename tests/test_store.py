@@ -235,12 +235,16 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         if ended(child) == 0:
             break
         kills += 1
-        with RunStore(folder, IDENTITY) as store:
-            whole_lines = acknowledged.read_text().rpartition("\n")[0].splitlines()
-            assert set(whole_lines) <= store.completed()
+        nothing_acknowledged_is_lost(folder, acknowledged)
     assert kills >= 3, "the writer is too fast to be killed: raise count"
     write_run(folder, count)
     expect(folder, count)
+
+
+def nothing_acknowledged_is_lost(folder: Path, acknowledged: Path) -> None:
+    whole_lines = acknowledged.read_text().rpartition("\n")[0].splitlines()
+    with RunStore(folder, IDENTITY) as store:
+        assert set(whole_lines) <= store.completed()
 
 
 def write_while_acknowledging(folder: Path, count: int, acknowledge: Path) -> None:
@@ -253,11 +257,14 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path, torn: bool) -> None:
     states = set()
     for call in range(1, 100):
         folder = tmp_path / str(call)
-        code = ended(start(store_writer.write_until, folder, COUNT, call, torn))
+        acknowledged = tmp_path / f"{call}.acknowledged"
+        acknowledged.touch()
+        code = ended(start(store_writer.write_until, folder, COUNT, acknowledged, call, torn))
         if code == 0:
             break
         assert code == -9
         states.add(tuple(sorted(path.name for path in folder.iterdir())))
+        nothing_acknowledged_is_lost(folder, acknowledged)
         write_run(folder, COUNT)
         expect(folder)
     # Head, 3 samples, 2 files, each written and synced; folder synced 4 times; 2 renames; 1 removal.
@@ -298,6 +305,8 @@ def test_every_failing_call_of_finalise_is_recoverable(tmp_path: Path, call: str
                 else:
                     break
         assert "No space left on device while writing the result" in message
+        with RunStore(folder, IDENTITY) as store:
+            assert store.completed() == {sample(number)[0] for number in range(COUNT)}
         write_run(folder, COUNT)
         expect(folder)
     assert failing > 1
