@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,12 @@ import soundfile
 
 from training.animals import ANIMALS, call
 from training.sentences import EVALUATION_SENTENCES, SENTENCES
-from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, Synthesiser, add_noise, speak
+from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, add_noise, speak
+from training.words import phrase
 
 MAX_SECONDS = 4.5
+BLOCK = 500  # clips that one process makes
+SHORT_SECONDS = 2.5  # of the shipped clips: fewer audio positions to trace
 COLUMNS = ("file", "attribute_label", "single_instruction", "single_answer", "multi_instruction", "multi_answer")
 PER_CLASS = {"animal": 5, "emotion": 8, "gender": 20, "language": 5}
 
@@ -44,17 +50,24 @@ def mixed_up(first: str, second: str, rng: np.random.Generator) -> str:
     return " ".join(chosen)
 
 
-def speech_clip(synthesiser: Synthesiser, part: str, rng: np.random.Generator, **fixed: str) -> Clip:
+def training_text(language: str, rng: np.random.Generator) -> str:
+    """A phrase of frequent words, a sentence, or two sentences mixed up."""
+    first, second = (str(text) for text in rng.choice(sentences(language, "train"), 2))
+    kind = rng.random()
+    if kind < 0.5:
+        return phrase(language, rng)
+    return first if kind < 0.75 else mixed_up(first, second, rng)
+
+
+def speech_clip(part: str, rng: np.random.Generator, **fixed: str) -> Clip:
     """A sentence by a random voice; `fixed` holds attributes that are given (emotion, gender, language)."""
     language = fixed.get("language") or str(rng.choice(list(LANGUAGES)))
     gender = fixed.get("gender") or str(rng.choice(["male", "female"]))
     emotion = fixed.get("emotion") or str(rng.choice(list(EMOTIONS)))
     variant = str(rng.choice(VARIANTS[part][gender]))
     while True:
-        text = str(rng.choice(sentences(language, part)))
-        if part == "train" and rng.random() < 0.5:
-            text = mixed_up(text, str(rng.choice(sentences(language, part))), rng)
-        waveform = speak(synthesiser, text, language, gender, variant, emotion, rng)
+        text = training_text(language, rng) if part == "train" else str(rng.choice(sentences(language, part)))
+        waveform = speak(text, language, gender, variant, emotion, rng)
         if len(waveform) <= MAX_SECONDS * SAMPLING_RATE:
             break
     if part == "train" and rng.random() < 0.5:
@@ -71,19 +84,29 @@ def animal_clip(part: str, rng: np.random.Generator, animal: str | None = None) 
     return Clip(waveform, {"animal": animal}, "synth")
 
 
-def clips(synthesiser: Synthesiser, part: str, speech: int, animals: int, seed: int) -> Iterator[Clip]:
-    """A seeded mixture; the parts draw from different streams, so that no clip is in both."""
-    rng = np.random.default_rng([seed, {"train": 0, "evaluation": 1}[part]])
-    for index in range(speech):
-        fixed = {"language": list(LANGUAGES)[index % len(LANGUAGES)]}
-        yield speech_clip(synthesiser, part, rng, **fixed)
-    for index in range(animals):
-        yield animal_clip(part, rng, list(ANIMALS)[index % len(ANIMALS)])
+def _clip(part: str, speech: int, seed: int, index: int) -> Clip:
+    """Clip `index` of a mixture; every clip has its own stream, and no stream is in both parts."""
+    rng = np.random.default_rng([seed, {"train": 0, "evaluation": 1}[part], index])
+    if index >= speech:
+        return animal_clip(part, rng, list(ANIMALS)[(index - speech) % len(ANIMALS)])
+    return speech_clip(part, rng, language=list(LANGUAGES)[index % len(LANGUAGES)])
+
+
+def _block(part: str, speech: int, seed: int, indices: range) -> list[Clip]:
+    return [_clip(part, speech, seed, index) for index in indices]
+
+
+def clips(part: str, speech: int, animals: int, seed: int, processes: int = 1) -> Iterator[Clip]:
+    """A seeded mixture, the same for any number of processes: every block is made by a fresh synthesiser."""
+    total = speech + animals
+    blocks = [range(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK)]
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for block in pool.map(partial(_block, part, speech, seed), blocks):
+            yield from block
 
 
 def write_corpus(folder: Path, seed: int) -> int:
     """Write the shipped corpus in SAKURA's layout, FLAC; every attribute has its own clips. Returns their number."""
-    synthesiser = Synthesiser()
     rng = np.random.default_rng([seed, 2])
     classes = {
         "animal": list(ANIMALS),
@@ -101,7 +124,7 @@ def write_corpus(folder: Path, seed: int) -> int:
                 if attribute == "animal":
                     clip = animal_clip("evaluation", rng, label)
                 else:
-                    clip = _short(synthesiser, rng, attribute, label, number)
+                    clip = _short(rng, attribute, label, number)
                 name = f"{label.lower()}_{clip.voice}_{number:02d}.flac"
                 soundfile.write(place / "audio" / name, clip.waveform, SAMPLING_RATE, subtype="PCM_16")
                 rows.append({**dict.fromkeys(COLUMNS, ""), "file": name, "attribute_label": label})
@@ -113,12 +136,12 @@ def write_corpus(folder: Path, seed: int) -> int:
     return total
 
 
-def _short(synthesiser: Synthesiser, rng: np.random.Generator, attribute: str, label: str, number: int) -> Clip:
-    """A clip of at most 3 s, the other attributes in turn so that every class of theirs occurs."""
+def _short(rng: np.random.Generator, attribute: str, label: str, number: int) -> Clip:
+    """A clip of at most 2.5 s, the other attributes in turn so that every class of theirs occurs."""
     turns = {"language": list(LANGUAGES), "gender": ["male", "female"], "emotion": list(EMOTIONS)}
     fixed = {name: options[number % len(options)] for name, options in turns.items()} | {attribute: label}
     for _ in range(20):
-        clip = speech_clip(synthesiser, "evaluation", rng, **fixed)
-        if len(clip.waveform) <= 3 * SAMPLING_RATE:
+        clip = speech_clip("evaluation", rng, **fixed)
+        if len(clip.waveform) <= SHORT_SECONDS * SAMPLING_RATE:
             return clip
     return clip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
 
 import espeakng_loader
 import numpy as np
@@ -23,8 +24,14 @@ LANGUAGES = {
 }
 VARIANTS = {
     "train": {
-        "male": ("m1", "m2", "m4", "m5", "m6", "m7", "m8", "Andy", "Gene", "Lee", "Michael", "david", "edward", "paul"),
-        "female": ("f1", "f3", "f4", "f5", "Annie", "Andrea", "belinda", "linda", "steph"),
+        "male": (
+            *("m1", "m2", "m4", "m5", "m6", "m7", "m8", "Andy", "Denis", "Diogo", "Gene", "Henrique", "Hugo", "Lee"),
+            *("Mario", "Michael", "Mike", "Reed", "antonio", "david", "ed", "edward", "gustave", "michel", "miguel"),
+            *("norbert", "pablo", "paul", "quincy", "robert", "sandro", "travis"),
+        ),
+        "female": (
+            *("f1", "f3", "f4", "f5", "Alicia", "Andrea", "Annie", "aunty", "belinda", "grandma", "linda", "steph"),
+        ),
     },
     "evaluation": {"male": ("m3", "john"), "female": ("f2", "anika")},
 }
@@ -56,7 +63,10 @@ _RETRIEVAL, _CHARS_UTF8 = 1, 1
 
 
 class Synthesiser:
-    """espeak-ng, once per process."""
+    """espeak-ng. The library keeps global state and hangs when started twice: take it from `synthesiser()`.
+
+    What it says depends a little on what it said before (pitch flutter goes on): only a fresh process repeats itself.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -64,6 +74,7 @@ class Synthesiser:
         self._rate = self._library.espeak_Initialize(_RETRIEVAL, 0, str(path).encode(), 0)
         if self._rate <= 0:
             raise RuntimeError(f"espeak-ng does not start with the data in {path}")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of breath and jitter
         self._chunks: list[np.ndarray] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = kind(self._collect)  # kept: the library holds only a pointer
@@ -88,8 +99,13 @@ class Synthesiser:
         return np.asarray(soxr.resample(samples, self._rate, SAMPLING_RATE), np.float32)
 
 
+@cache
+def synthesiser() -> Synthesiser:
+    """The one synthesiser of this process."""
+    return Synthesiser()
+
+
 def speak(
-    synthesiser: Synthesiser,
     text: str,
     language: str,
     gender: str,
@@ -100,8 +116,8 @@ def speak(
     """One sentence with a voice and a prosody, parameters drawn around the preset's centres."""
     preset = EMOTIONS[emotion]
     voice = f"{rng.choice(LANGUAGES[language])}+{variant}"
-    shift = -6 if gender == "male" else 6  # voices keep their own base; this keeps pitch honest within a gender
-    clip = synthesiser.say(
+    shift = -10 if gender == "male" else 10  # voices keep their own base; this keeps pitch honest within a gender
+    clip = synthesiser().say(
         text,
         voice,
         rate=round(preset.rate * rng.uniform(0.93, 1.07)),
