@@ -15,6 +15,7 @@ from typing import Any
 
 from lalm_patch.settings import NOT_PART_OF_A_RUN, RunSettings
 
+_PLACES = ("data.root", "model.id", "model.decoder", "model.encoder")
 LIBRARIES = ("torch", "transformers", "nnsight", "numpy", "xarray", "soundfile", "soxr")
 
 
@@ -53,7 +54,9 @@ def flat_settings(settings: RunSettings) -> dict[str, str]:
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
         elif prefix not in NOT_PART_OF_A_RUN:
-            flat[prefix] = json.dumps(_absolute(value) if prefix in ("data.root", "model.id") else value)
+            flat[prefix] = json.dumps(
+                _absolute(value) if prefix in ("data.root", "model.id", "model.decoder", "model.encoder") else value
+            )
 
     walk("", asdict(settings))
     return flat

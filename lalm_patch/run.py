@@ -74,8 +74,8 @@ def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
     attribute = _attribute(settings)
     records = load_records(settings, attribute)
     unusable = _unusable(records, settings)
-    checkpoint = find_checkpoint(settings.model.id, settings.model.revision)
-    this_run = identity(settings, data_fingerprint(records), checkpoint.commit)
+    checkpoint = find_checkpoint(settings.model)
+    this_run = identity(settings, data_fingerprint(records), checkpoint.revision)
     with RunStore(folder, this_run) as store:
         if store.finished:
             log.info("this run is finished; its result is shown again")

@@ -17,12 +17,16 @@ class ModelSettings:
         family: the adapter that knows its processor and prompt (`lalm_patch.models.FAMILIES`).
         id: hub id, or a local folder in the same layout. `demo` is the model shipped with the package.
         revision: branch, tag or commit on the hub.
+        decoder: hub id or folder of the language model, where the checkpoint is only a connector (DeSTA); null for the
+            one the checkpoint names.
+        encoder: likewise, of the audio encoder.
+        transcript: what `transcript=null` means for this model; null for a model that is given none.
         dtype: float32, bfloat16 or float16.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...
         device_map: as in transformers (`auto` spreads the model over all GPUs); needs the extra `gpu`.
         attn_implementation: sdpa or eager.
-        prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn) or flat
-            (no template; base models).
+        prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn), flat
+            (no template; base models), or fixed (DeSTA2: chat without the quirks of the original's prompt).
         data: the data set used when `data=auto`.
     """
 
@@ -30,6 +34,9 @@ class ModelSettings:
     family: str = MISSING
     id: str = MISSING
     revision: str | None = None
+    decoder: str | None = None
+    encoder: str | None = None
+    transcript: str | None = None
     dtype: str = "bfloat16"
     device: str = "auto"
     device_map: str | None = None
@@ -88,7 +95,7 @@ class PromptSettings:
     """Open points of the prompt, stored with every result.
 
     Attributes:
-        layout: null (the model's own), chat, user or flat.
+        layout: null (the model's own), chat, user, flat or fixed.
         order: fixed, or shuffled (seeded per sample).
         seed: seed of the shuffled order.
         target: leading_space (" cat") or bare ("cat").
@@ -124,6 +131,9 @@ class RunSettings:
     """A whole run.
 
     Attributes:
+        transcript: what a model that is given a transcript with the audio (DeSTA) reads: clean (the clip's own, in both
+            runs), none, upstream (each run's own, as in the original), or a text; null for the model's default.
+        dry_run: say what would be run, and run nothing; needs no weights.
         outputs: where run folders are made.
         run_name: the run folder's name, derived from the settings.
         seed: seed of the spot checks and of the bootstrap.
@@ -138,6 +148,8 @@ class RunSettings:
     corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
+    transcript: str | None = None
+    dry_run: bool = False
     outputs: str = "outputs"
     run_name: str = ""
     seed: int = 0
@@ -149,6 +161,7 @@ class RunSettings:
 NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "outputs",
     "run_name",
+    "dry_run",
     "threads",
     "on_failed_check",
     "model.device",
@@ -159,11 +172,11 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("sdpa", "eager"),
-    "model.prompt_layout": ("chat", "user", "flat"),
+    "model.prompt_layout": ("chat", "user", "flat", "fixed"),
     "data.name": ("auto", "demo", "sakura"),
     "data.bad_clips": ("stop", "exclude"),
     "corruption.name": ("silence",),
-    "prompt.layout": (None, "chat", "user", "flat"),
+    "prompt.layout": (None, "chat", "user", "flat", "fixed"),
     "prompt.order": ("fixed", "shuffled"),
     "prompt.target": ("leading_space", "bare"),
     "prompt.correct": ("options", "vocabulary"),

@@ -247,12 +247,11 @@ def save_desta25(root: Path) -> DestaFiles:
     return DestaFiles(location, decoder, encoder)
 
 
-def qwen_ranks(merges: int = 100) -> dict[bytes, int]:
-    """256 bytes and then merges of the prompts' commonest neighbours, by rank."""
+def qwen_ranks() -> dict[bytes, int]:
+    """256 bytes and then merges of the prompts' commonest neighbours, by rank, until every word is one token."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     words = [[bytes([byte]) for byte in word.encode()] for text in TEXTS for word in re.findall(r" ?\w+", text)]
-    for _ in range(merges):
-        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+    while pairs := Counter(pair for word in words for pair in itertools.pairwise(word)):
         left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[left + right] = len(ranks)
         for word in words:

@@ -132,7 +132,7 @@ def test_architecture_the_method_does_not_apply_to_is_refused(tmp_path: Path, mo
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "parrot"}))
-    with pytest.raises(ModelError, match=r"type 'parrot', family generic takes .*qwen2_5_omni"):
+    with pytest.raises(ModelError, match=r"type 'parrot', expected .*qwen2_5_omni"):
         load(tmp_path, "generic")
 
 

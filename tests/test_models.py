@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ANIMAL, GENDER, load, noise
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tiny_models import save_tiny_qwen2_audio
 
@@ -19,7 +19,7 @@ from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models import LALM, TokenTable, checkpoint
 from lalm_patch.models import family as family_module
-from lalm_patch.models.checkpoint import find_checkpoint
+from lalm_patch.models.checkpoint import find_repository
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings, ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt, silence
@@ -173,20 +173,20 @@ def test_replay_that_gives_other_numbers_is_not_used(
 
 def test_missing_folder_and_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        find_checkpoint(str(tmp_path / "nowhere"))
+        find_repository(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"no config\.json"):
-        find_checkpoint(str(tmp_path))
+        find_repository(str(tmp_path))
 
 
 def test_local_fingerprint_follows_the_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoints["qwen2_audio"], tmp_path / "copy"))
-    before = find_checkpoint(str(copy)).commit
-    assert before == find_checkpoint(str(checkpoints["qwen2_audio"])).commit
+    before = find_repository(str(copy)).commit
+    assert before == find_repository(str(checkpoints["qwen2_audio"])).commit
     weights = copy / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    assert find_checkpoint(str(copy)).commit != before
+    assert find_repository(str(copy)).commit != before
 
 
 def _response(status: int) -> httpx.Response:
@@ -206,31 +206,56 @@ def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch, failure: E
 
     monkeypatch.setattr(HfApi, "model_info", fail)
     with pytest.raises(ModelError, match=message):
-        find_checkpoint("owner/never-existing-model")
+        find_repository("owner/never-existing-model")
 
 
 def test_gated_checkpoint_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Info:
-        sha = "0" * 40
-
     def gated(*_args: object, **_kwargs: object) -> None:
         raise GatedRepoError("403", response=_response(403))
 
-    monkeypatch.setattr(HfApi, "model_info", lambda *_args, **_kwargs: Info())
+    monkeypatch.setattr(HfApi, "model_info", lambda *_args, **_kwargs: ModelInfo(id="owner/name", sha="0" * 40))
     monkeypatch.setattr(checkpoint, "snapshot_download", gated)
     with pytest.raises(ModelError, match=r"gated: accept its licence at https://huggingface.co/owner/name.*HF_TOKEN"):
-        find_checkpoint("owner/name")
+        find_repository("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("files", "weights", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], True, {"*.safetensors", "*.pth"}),
+        (["pytorch_model-1-of-2.bin", "qwen.tiktoken"], True, {"*.safetensors", "*.pth", "*.bin"}),
+        (["model.safetensors"], False, set()),
+    ],
+)
+def test_weights_are_fetched_once_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], weights: bool, fetched: set[str]
+) -> None:
+    asked: dict[str, list[str]] = {}
+    info = ModelInfo(id="owner/name", sha="0" * 40, siblings=[{"rfilename": file} for file in files])
+    monkeypatch.setattr(HfApi, "model_info", lambda *_args, **_kwargs: info)
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda _id, **options: asked.update(options) or str(tmp_path))
+    assert find_repository("owner/name", weights=weights).commit == "0" * 40
+    assert set(asked["allow_patterns"]) - set(checkpoint.SMALL_FILES) == fetched
+
+
+def test_parts_of_a_whole_checkpoint_are_refused(checkpoints: dict[str, Path]) -> None:
+    settings = ModelSettings(name="x", family="qwen2_audio", id=str(checkpoints["qwen2_audio"]), decoder="a/b")
+    with pytest.raises(ModelError, match=r"model\.decoder=a/b: .* is one whole checkpoint"):
+        LALM.load(settings)
 
 
 def test_nonsense_id() -> None:
     with pytest.raises(ModelError, match="neither an existing folder nor a hub id"):
-        find_checkpoint("a/b/c d")
+        find_repository("a/b/c d")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "parrot"}, "model.family='parrot': expected one of qwen2_audio, voxtral"),
+        (
+            {"family": "parrot"},
+            "model.family='parrot': expected one of desta2, .*, voxtral",
+        ),
         ({"device": "cuda"}, "no usable GPU"),
         ({"device": "toaster"}, "expected auto, cpu, cuda"),
     ],

@@ -12,7 +12,8 @@ import httpx
 import pytest
 import torch
 from conftest import noise
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from native_checkpoints import (
     DestaFiles,
     save_desta2,
@@ -29,7 +30,6 @@ from lalm_patch.models.native import (
     load_qwen_audio,
     qwen_audio_chat_prompt,
     qwen_audio_features,
-    repository,
 )
 
 QUESTION = "What is the gender of the speaker in the speech? Possible options: male, female."
@@ -115,7 +115,7 @@ def test_decoder_with_missing_weights_is_refused(desta2_files: DestaFiles, tmp_p
     tensors = load_file(decoder / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, decoder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"decoder=.*1 missing keys: model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"model\.decoder=.*1 missing keys: model\.layers\.2\.mlp\.up_proj\.weight"):
         load_desta2(desta2_files.location, decoder=decoder)
 
 
@@ -141,32 +141,28 @@ def test_other_architectures_are_refused(
         load_qwen_audio(other)
 
 
-def test_hub_failures_say_what_to_do(desta2_files: DestaFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    failure: Exception = LocalEntryNotFoundError("nothing")
+def test_hub_failures_name_the_setting_and_say_what_to_do(
+    desta2_files: DestaFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/meta/llama"))
+    failure: Exception = GatedRepoError("gated", response=answer)
 
-    def snapshot(identifier: str, **options: Any) -> str:
-        asked.append({"id": identifier, **options})
+    def model_info(_: HfApi, identifier: str, revision: str | None = None, **options: Any) -> Any:
+        asked.append((identifier, revision))
         raise failure
 
-    monkeypatch.setattr(repository, "snapshot_download", snapshot)
-    with pytest.raises(ModelError, match=r"decoder=meta/llama: not in the local cache.*decoder=/path/to/folder"):
-        load_desta2(desta2_files.location, decoder="meta/llama")
-    answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/meta/llama"))
-    failure = GatedRepoError("gated", response=answer)
-    with pytest.raises(
-        ModelError, match=r"its licence at https://huggingface\.co/meta/llama, then run `hf auth login`"
-    ):
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    with pytest.raises(ModelError, match=r"model\.decoder=meta/llama is gated.*/meta/llama, then run `hf auth"):
         load_desta2(desta2_files.location, decoder="meta/llama")
     failure = RepositoryNotFoundError("no", response=answer)
-    with pytest.raises(ModelError, match=r"encoder=no/whisper: https://huggingface\.co/no/whisper does not exist"):
+    with pytest.raises(ModelError, match=r"model\.encoder=no/whisper: .*/no/whisper does not exist"):
         load_desta2(desta2_files.location, encoder="no/whisper")
-    with pytest.raises(ModelError, match="location=Qwen/Qwen-Audio: "):
+    failure = httpx.ConnectError("no route")
+    with pytest.raises(ModelError, match=r"model\.id=Qwen/Qwen-Audio: not in the local cache.*folder with model\.id="):
         load_qwen_audio("Qwen/Qwen-Audio", revision="main")
-    assert [request["id"] for request in asked] == ["meta/llama", "meta/llama", "no/whisper", "Qwen/Qwen-Audio"]
-    assert asked[-1]["revision"] == "main"
-    assert "*.tiktoken" in asked[-1]["allow_patterns"]
-    with pytest.raises(ModelError, match=r"location=\./nowhere: no such folder"):
+    assert asked == [("meta/llama", None), ("no/whisper", None), ("Qwen/Qwen-Audio", "main")]
+    with pytest.raises(ModelError, match=r"model\.id=\./nowhere: no such folder"):
         load_qwen_audio("./nowhere")
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load_qwen_audio(desta2_files.location.parent)

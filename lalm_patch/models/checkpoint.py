@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -17,9 +20,14 @@ from huggingface_hub.errors import (
 )
 
 from lalm_patch.errors import ModelError
+from lalm_patch.settings import ModelSettings
 
-WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.pth")
-UNWANTED_FILES = ("consolidated*", "original/*")  # the same weights once more, in their trainers' own layout
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+WEIGHT_FILES = ("*.safetensors", "*.pth")
+OLD_WEIGHT_FILES = ("*.bin",)  # only where there is nothing else: most repositories hold the same weights twice
+UNWANTED_FILES = ("consolidated*", "original/*", "*fp32*")  # the same weights once more
+PART_FIELDS = {"decoder": ("llama_model_id", "llm_model_id"), "encoder": ("whisper_model_id", "encoder_model_id")}
+"""Where the config.json of a checkpoint that is only a connector names the repositories of the rest."""
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "data" / "demo" / "model"
 _LOOK_UP_SECONDS = 10.0
 _PROBE_BYTES = 2**20
@@ -34,15 +42,55 @@ class Checkpoint:
         folder: where its files are.
         id: what the user asked for.
         commit: the hub's commit; for a local folder a fingerprint of its files.
+        parts: the repositories of a model that is published in several, by `PART_FIELDS`' names.
     """
 
     folder: Path
     id: str
     commit: str
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    @property
+    def revision(self) -> str:
+        """Commits of the checkpoint and of its parts: what the numbers depend on."""
+        return "+".join([self.commit, *(part.commit for part in self.parts.values())])
 
 
-def find_checkpoint(identifier: str, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint in a local folder, in the hub's cache, or on the hub (then download it).
+def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpoint:
+    """Find a model's checkpoint and, where it is only a connector, the repositories it stands between.
+
+    Args:
+        settings: `id`, `revision`, and the `decoder` and `encoder` to use instead of those the checkpoint names.
+        weights: False for configuration and tokenizer only.
+
+    Raises:
+        ModelError: as `find_repository`.
+    """
+    found = find_repository(settings.id, settings.revision, weights=weights)
+    named = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    parts = {}
+    for part, fields in PART_FIELDS.items():
+        own = next((named[name] for name in fields if name in named), None)
+        if own is not None:
+            given = getattr(settings, part) or own
+            parts[part] = find_repository(given, setting=f"model.{part}", weights=weights)
+        elif getattr(settings, part):
+            raise ModelError(
+                f"model.{part}={getattr(settings, part)}: {settings.id} is one checkpoint, it has no parts"
+            )
+    return Checkpoint(found.folder, found.id, found.commit, parts)
+
+
+def find_repository(
+    identifier: str, revision: str | None = None, *, setting: str = "model.id", weights: bool = True
+) -> Checkpoint:
+    """Find one repository in a local folder, in the hub's cache, or on the hub (then download it).
+
+    Args:
+        identifier: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        setting: the setting that gave the identifier, for messages: the place to put a local folder instead.
+        weights: False to leave the weights out.
 
     Raises:
         ModelError: no such folder or repository, gated, or unreachable and not in the cache; says what to do.
@@ -54,11 +102,11 @@ def find_checkpoint(identifier: str, revision: str | None = None) -> Checkpoint:
     folder = Path(identifier).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.id={identifier}: the folder has no config.json, so it is not a checkpoint")
+            raise ModelError(f"{setting}={identifier}: the folder has no config.json, so it is not a checkpoint")
         return Checkpoint(folder, identifier, _fingerprint(folder))
     if identifier.startswith((".", "~", os.sep)):
-        raise ModelError(f"model.id={identifier}: no such folder; give an existing folder or a hub id like owner/name")
-    return _from_hub(identifier, revision)
+        raise ModelError(f"{setting}={identifier}: no such folder; give an existing folder or a hub id like owner/name")
+    return _from_hub(identifier, revision, setting, weights)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -77,42 +125,60 @@ def _fingerprint(folder: Path) -> str:
     return f"local:{digest.hexdigest()[:16]}"
 
 
-def _from_hub(identifier: str, revision: str | None) -> Checkpoint:
+def _from_hub(identifier: str, revision: str | None, setting: str, weights: bool) -> Checkpoint:
     page = f"https://huggingface.co/{identifier}"
     try:
         # One short request decides whether the hub is there: downloads would retry for most of a minute first.
         info = HfApi().model_info(identifier, revision=revision, timeout=_LOOK_UP_SECONDS)
     except HFValidationError:
         raise ModelError(
-            f"model.id={identifier}: neither an existing folder nor a hub id; expected a folder or owner/name"
+            f"{setting}={identifier}: neither an existing folder nor a hub id; expected a folder or owner/name"
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"model.revision={revision}: {page} has no such branch, tag or commit") from None
+        raise ModelError(f"{setting}={identifier}: {page} has no branch, tag or commit {revision}") from None
+    except GatedRepoError:  # before RepositoryNotFoundError, of which it is a kind
+        raise _gated(identifier, page, setting) from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"model.id={identifier}: {page} does not exist, or is private; "
+            f"{setting}={identifier}: {page} does not exist, or is private; "
             "check the name, and run `hf auth login` (or set HF_TOKEN) for a private one"
         ) from None
     except Exception as error:  # whatever else a network does: what is in the cache can still be used
-        return _from_cache(identifier, revision, error)
+        return _from_cache(identifier, revision, setting, error)
+    names = [file.rfilename for file in info.siblings or []]
+    patterns = [*SMALL_FILES, *(_weight_patterns(names) if weights else ())]
     try:
         folder = snapshot_download(
-            identifier, revision=info.sha, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
+            identifier, revision=info.sha, allow_patterns=patterns, ignore_patterns=list(UNWANTED_FILES)
         )
     except GatedRepoError:
+        raise _gated(identifier, page, setting) from None
+    except (HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"model.id={identifier} is gated: accept its licence at {page}, then run `hf auth login` "
-            "(or set HF_TOKEN) with the same account"
-        ) from None
+            f"{setting}={identifier}: the download failed ({type(error).__name__}: {error}); try again, or give a "
+            f"local folder with {setting}=/path/to/folder"
+        ) from error
     return Checkpoint(Path(folder), identifier, str(info.sha))
 
 
-def _from_cache(identifier: str, revision: str | None, error: Exception) -> Checkpoint:
+def _weight_patterns(names: Sequence[str]) -> tuple[str, ...]:
+    modern = any(Path(name).suffix in (".safetensors", ".pth") and "/" not in name for name in names)
+    return WEIGHT_FILES if modern else (*WEIGHT_FILES, *OLD_WEIGHT_FILES)
+
+
+def _gated(identifier: str, page: str, setting: str) -> ModelError:
+    return ModelError(
+        f"{setting}={identifier} is gated: accept its licence at {page}, then run `hf auth login` (or set HF_TOKEN) "
+        f"with the same account; or give a local copy with {setting}=/path/to/folder"
+    )
+
+
+def _from_cache(identifier: str, revision: str | None, setting: str, error: Exception) -> Checkpoint:
     try:
         folder = Path(snapshot_download(identifier, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"model.id={identifier}: not in the local cache, and the hub cannot be reached "
-            f"({type(error).__name__}: {error}); connect, or give a local folder with model.id=/path/to/checkpoint"
+            f"{setting}={identifier}: not in the local cache, and the hub cannot be reached "
+            f"({type(error).__name__}: {error}); connect, or give a local folder with {setting}=/path/to/checkpoint"
         ) from None
     return Checkpoint(folder, identifier, folder.name)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.checkpoint import Checkpoint
 from lalm_patch.stimuli import Prompt
 
 
@@ -30,27 +31,51 @@ class Family(ABC):
     layouts: ClassVar[tuple[str, ...]] = ("chat",)
     """Prompt layouts the family has: `chat` puts the response phrase into the assistant's turn, `user` at the end of
     the user's turn, `flat` uses no template at all (base models)."""
+    reads_transcript: ClassVar[bool] = False
+    """Whether the model is given a transcript beside the audio (`Prompt.transcript`)."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     @classmethod
-    def load(cls, folder: Path, **weights: Any) -> tuple[PreTrainedModel, Family]:
-        """Open the checkpoint in `folder`; `weights` are `from_pretrained`'s keywords (dtype, device_map, ...).
+    def load(cls, checkpoint: Checkpoint, **weights: Any) -> tuple[PreTrainedModel, Family]:
+        """Open a checkpoint; `weights` are `from_pretrained`'s keywords (dtype, device_map, ...).
 
         Raises:
             ModelError: a checkpoint of another architecture, or a package its processor needs is missing.
         """
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        family = cls._open(checkpoint.folder)
+        module = AutoModelForMultimodalLM.from_pretrained(checkpoint.folder, local_files_only=True, **weights)
+        return module, family
+
+    @classmethod
+    def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
+        """As `load`, the model on the meta device: shapes only, the weights need not be there."""
+        family = cls._open(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForMultimodalLM.from_config(config), family
+
+    @classmethod
+    def check_type(cls, folder: Path) -> str:
+        """The checkpoint's `model_type`.
+
+        Raises:
+            ModelError: it is none of the family's.
+        """
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if found not in cls.model_types:
             raise ModelError(f"{folder} is a checkpoint of type {found!r}, expected {' or '.join(cls.model_types)}")
+        return str(found)
+
+    @classmethod
+    def _open(cls, folder: Path) -> Family:
+        cls.check_type(folder)
         try:
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            return cls(AutoProcessor.from_pretrained(folder, local_files_only=True))
         except ImportError as error:
             hint = f"; install it with: pip install 'lalm_patch[{cls.extra}]'" if cls.extra else ""
             raise ModelError(f"{folder}: the processor needs a package that is missing ({error}){hint}") from error
-        module = AutoModelForMultimodalLM.from_pretrained(folder, local_files_only=True, **weights)
-        return module, cls(processor)
 
     @property
     def tokenizer(self) -> Any:
@@ -74,3 +99,11 @@ class Family(ABC):
     def audio_mask(self, inputs: dict[str, torch.Tensor], module: PreTrainedModel) -> torch.Tensor:
         """Which positions hold audio embeddings: bool [positions]."""
         return inputs["input_ids"][0].eq(module.config.audio_token_id)
+
+    def roles(self, inputs: dict[str, torch.Tensor], prompt: Prompt, layout: str) -> tuple[str, ...] | None:
+        """Role of every position, where the family built the prompt from pieces; None to find them in the text."""
+        return None
+
+    def transcribe(self, waveform: np.ndarray, module: PreTrainedModel) -> str:
+        """The transcript the model's own pipeline would give it (families with `reads_transcript`)."""
+        raise NotImplementedError(f"{type(self).__name__} reads no transcript")

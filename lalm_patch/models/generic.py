@@ -20,6 +20,7 @@ from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, Pre
 from transformers.utils import is_peft_available
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.checkpoint import Checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 
@@ -84,23 +85,15 @@ class Generic(Family):
         self.architecture = architecture
 
     @classmethod
-    def load(cls, folder: Path, **weights: Any) -> tuple[PreTrainedModel, Family]:
+    def load(cls, checkpoint: Checkpoint, **weights: Any) -> tuple[PreTrainedModel, Family]:
         """As `Family.load`.
 
         Raises:
             ModelError: an architecture the method does not apply to, or that is not known, or missing weights.
         """
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
-        if found in REFUSED:
-            raise ModelError(f"{folder}: a checkpoint of type {found!r} cannot be traced: {REFUSED[found]}")
-        if found not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise ModelError(f"{folder} is a checkpoint of type {found!r}, family generic takes {known}")
-        architecture = ARCHITECTURES[found]
-        try:
-            processor = _processor(folder, architecture)
-        except ImportError as error:
-            raise ModelError(f"{folder}: the processor needs a package that is missing: {error}") from error
+        folder = checkpoint.folder
+        family = cls._open(folder)
+        architecture = family.architecture
         model_class: Any = getattr(transformers, architecture.model_class)
         module, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **weights)
         # transformers would fill gaps with random numbers. Surplus weights are an omni model's parts that speak.
@@ -115,7 +108,32 @@ class Generic(Family):
                     f"{folder}: its audio needs the LoRA weights in {architecture.adapter}: pip install peft"
                 )
             module.load_adapter(str(folder / architecture.adapter))
-        return module, cls(processor, architecture)
+        return module, family
+
+    @classmethod
+    def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
+        """As `Family.outline`, without LoRA weights."""
+        family = cls._open(checkpoint.folder)
+        model_class: Any = getattr(transformers, family.architecture.model_class)
+        config = model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
+        with torch.device("meta"):
+            return model_class(config), family
+
+    @classmethod
+    def check_type(cls, folder: Path) -> str:
+        """As `Family.check_type`; says why an architecture cannot be traced."""
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if found in REFUSED:
+            raise ModelError(f"{folder}: a checkpoint of type {found!r} cannot be traced: {REFUSED[found]}")
+        return super().check_type(folder)
+
+    @classmethod
+    def _open(cls, folder: Path) -> Generic:
+        architecture = ARCHITECTURES[cls.check_type(folder)]
+        try:
+            return cls(_processor(folder, architecture), architecture)
+        except ImportError as error:
+            raise ModelError(f"{folder}: the processor needs a package that is missing: {error}") from error
 
     @property
     def max_seconds(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nnsight
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.models.checkpoint import find_checkpoint
+from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.settings import ModelSettings
@@ -77,24 +76,20 @@ class LALM:
             ModelError: not found, gated, unreachable, or without the parts the method needs.
             ConfigError: an unknown family, dtype or device.
         """
-        from lalm_patch.models import FAMILIES
-
-        if settings.family not in FAMILIES:
-            raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
-        checkpoint = find_checkpoint(settings.id, settings.revision)
+        checkpoint = find_checkpoint(settings)
         weights, device = _placement(settings)
-        try:
-            module, family = FAMILIES[settings.family].load(
-                Path(checkpoint.folder), attn_implementation=settings.attn_implementation, **weights
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder}: "
-                f"{error}"
-            ) from error
+        weights["attn_implementation"] = settings.attn_implementation
+        module, family = _open(settings, checkpoint, lambda family: family.load(checkpoint, **weights))
         if device is not None:
             module.to(device)
-        return cls(module, family, id=checkpoint.id, commit=checkpoint.commit)
+        return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
+
+    @classmethod
+    def outline(cls, settings: ModelSettings) -> LALM:
+        """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
+        checkpoint = find_checkpoint(settings, weights=False)
+        module, family = _open(settings, checkpoint, lambda family: family.outline(checkpoint))
+        return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
     # --- shapes and places -------------------------------------------------------------------------------------
 
@@ -105,9 +100,9 @@ class LALM:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token embeddings, where inputs go."""
+        """Device of the token embeddings, where inputs go; the CPU for a model that is only an outline."""
         weight: Tensor = self.module.get_input_embeddings().weight
-        return weight.device
+        return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +125,8 @@ class LALM:
         if tensors["input_ids"].shape[0] != 1:
             raise ModelError(f"expected one sequence per clip, got {tensors['input_ids'].shape[0]}")
         mask = self.family.audio_mask(tensors, self.module)
-        return self._token_table(tensors["input_ids"][0], mask, prompt), tensors
+        roles = self.family.roles(tensors, prompt, layout)
+        return self._token_table(tensors["input_ids"][0], mask, prompt, roles), tensors
 
     def encode(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> Encoding:
         """Run audio tower and projector once; the decoder does not run.
@@ -198,24 +194,43 @@ class LALM:
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _token_table(self, ids: Tensor, audio: Tensor, prompt: Prompt) -> TokenTable:
+    def _token_table(self, ids: Tensor, audio: Tensor, prompt: Prompt, roles: tuple[str, ...] | None) -> TokenTable:
         if not bool(audio.any()):
             raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
         numbers: list[int] = ids.tolist()
+        tokenizer = self.family.tokenizer
+        texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
+        if roles is not None:
+            return TokenTable(tuple(numbers), texts, roles)
         audio_positions = audio.nonzero()[:, 0].tolist()
         first, end = audio_positions[0], audio_positions[-1] + 1
-        tokenizer = self.family.tokenizer
         text, spans = token_spans(tokenizer, numbers[end:])
         after = assign_roles(spans, text, prompt.user_parts, prompt.response, self.id or type(self.module).__name__)
         # Ids between two clips are neither before nor after the audio: they count as template.
         between = ["audio" if audio[i] else "template" for i in range(first, end)]
-        texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
         return TokenTable(tuple(numbers), texts, ("pre",) * first + tuple(between) + tuple(after))
 
     def _envoy(self, module: nn.Module) -> Any:
         """nnsight's wrapper of a submodule."""
         path = next(name for name, candidate in self.module.named_modules() if candidate is module)
         return operator.attrgetter(path)(self.traced)
+
+
+def _open(
+    settings: ModelSettings,
+    checkpoint: Checkpoint,
+    opened: Callable[[type[Family]], tuple[PreTrainedModel, Family]],
+) -> tuple[PreTrainedModel, Family]:
+    from lalm_patch.models import FAMILIES
+
+    if settings.family not in FAMILIES:
+        raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
+    try:
+        return opened(FAMILIES[settings.family])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder}: {error}"
+        ) from error
 
 
 def _role(module: PreTrainedModel, getter: str, what: str) -> Any:

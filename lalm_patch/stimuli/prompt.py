@@ -49,11 +49,15 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One clip's prompt, options in the order they are listed. Raises ConfigError as `Attribute` does."""
+    """One clip's prompt, options in the order they are listed. Raises ConfigError as `Attribute` does.
+
+    `transcript` is what a model that reads a transcript beside the audio is given; None for nothing.
+    """
 
     question: str
     options: tuple[str, ...]
     response: str
+    transcript: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", _checked_options(self.options, "prompt"))

@@ -87,7 +87,8 @@ def transcribe(
     weight = whisper.get_encoder().conv1.weight
     whisper.to(device=weight.device, dtype=weight.dtype)  # the decoder follows the encoder, which moves with the model
     features = whisper_features(extractor, [waveform]).to(weight)
-    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    room = whisper.config.max_target_positions - 4  # start, language, task, no timestamps
+    limit = {} if max_new_tokens is None else {"max_new_tokens": min(max_new_tokens, room)}
     with torch.no_grad():
         ids = whisper.generate(input_features=features, **limit)
     text: str = tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import Qwen2Config, WhisperConfig, WhisperFeatureExtractor
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.checkpoint import find_repository
 from lalm_patch.models.native.qwen_audio import QwenAudioConfig, QwenAudioForConditionalGeneration
 from lalm_patch.models.native.qwen_tokenizer import TOKENIZER_FILE, read_qwen_tokenizer
-from lalm_patch.models.native.repository import check_keys, check_shapes, field, find_folder, read_config, read_tensors
+from lalm_patch.models.native.repository import check_keys, check_shapes, field, read_config, read_tensors
 
-WANTED_FILES = ("*.json", "*.tiktoken", "*.safetensors", "*.bin")
 IGNORABLE_KEYS = ("rotary_emb.inv_freq", "attn.masked_bias")  # buffers, made anew from the configuration
 
 _AROUND = {
@@ -59,6 +59,8 @@ _ENCODER_LAYER = {
     "mlp_ln.bias": "final_layer_norm.bias",
 }
 
+Opened = tuple[QwenAudioForConditionalGeneration, Any, WhisperFeatureExtractor]
+
 
 def load_qwen_audio(
     location: str | Path,
@@ -67,7 +69,7 @@ def load_qwen_audio(
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
-) -> tuple[QwenAudioForConditionalGeneration, Any, WhisperFeatureExtractor]:
+) -> Opened:
     """Open Qwen-Audio or Qwen-Audio-Chat (`Qwen/Qwen-Audio`, `Qwen/Qwen-Audio-Chat`).
 
     Args:
@@ -83,13 +85,11 @@ def load_qwen_audio(
     Raises:
         ModelError: something is missing, gated, unreachable, or not this architecture.
     """
-    folder = find_folder(location, setting="location", allow=WANTED_FILES, revision=revision)
-    config = read_qwen_audio_config(folder)
-    audio: Any = config.audio_config
-    tokenizer = read_qwen_tokenizer(folder / TOKENIZER_FILE, audio_start_id=config.audio_token_id)
+    folder = find_repository(str(location), revision).folder
+    outline, tokenizer, extractor = _outline(folder)
+    config = outline.config
     tensors = convert(read_tensors(folder), key_map(config), str(folder))
-    with torch.device("meta"):
-        check_shapes(tensors, QwenAudioForConditionalGeneration(config).state_dict(), str(folder))
+    check_shapes(tensors, outline.state_dict(), str(folder))
     given = {"device_map": device_map, "attn_implementation": attn_implementation}
     model = QwenAudioForConditionalGeneration.from_pretrained(
         None,
@@ -98,8 +98,21 @@ def load_qwen_audio(
         dtype=dtype,
         **{name: value for name, value in given.items() if value is not None},
     )
-    seconds = audio.max_source_positions // 50
-    return model.eval(), tokenizer, WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=seconds)
+    return model.eval(), tokenizer, extractor
+
+
+def outline_qwen_audio(location: str | Path, *, revision: str | None = None) -> Opened:
+    """As `load_qwen_audio`, on the meta device: shapes and tokenizer, no weights, which need not be there."""
+    return _outline(find_repository(str(location), revision, weights=False).folder)
+
+
+def _outline(folder: Path) -> Opened:
+    config = read_qwen_audio_config(folder)
+    tokenizer = read_qwen_tokenizer(folder / TOKENIZER_FILE, audio_start_id=config.audio_token_id)
+    audio: Any = config.audio_config
+    extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=audio.max_source_positions // 50)
+    with torch.device("meta"):
+        return QwenAudioForConditionalGeneration(config), tokenizer, extractor
 
 
 def read_qwen_audio_config(folder: Path) -> QwenAudioConfig:

@@ -1,85 +1,20 @@
-"""Published checkpoints as files: finding their folders, reading their tensors, comparing their keys."""
+"""Published checkpoints as files: reading their tensors, comparing their keys."""
 
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lalm_patch.errors import ModelError
 
 SHOWN_KEYS = 10
-
-
-def find_folder(
-    location: str | Path, *, setting: str, allow: Sequence[str], revision: str | None = None, ignore: Sequence[str] = ()
-) -> Path:
-    """The local folder of a checkpoint, downloaded if need be.
-
-    Args:
-        location: a folder, or a hub id.
-        setting: the argument that gave it, for messages: the place to put a local folder instead.
-        allow: file patterns to download.
-        revision: branch, tag or commit on the hub.
-        ignore: file patterns not to download.
-
-    Raises:
-        ModelError: no such folder or repository, gated, or unreachable and not in the cache.
-    """
-    folder = Path(location).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{setting}={location}: the folder has no config.json, so it is not a checkpoint")
-        return folder
-    identifier = str(location)
-    if identifier.startswith((".", "~", os.sep)):
-        raise ModelError(f"{setting}={identifier}: no such folder; give an existing folder or a hub id like owner/name")
-    page = f"https://huggingface.co/{identifier}"
-    patterns = {"allow_patterns": list(allow), "ignore_patterns": list(ignore), "revision": revision}
-    try:
-        return Path(snapshot_download(identifier, **patterns))
-    except HFValidationError:
-        raise ModelError(
-            f"{setting}={identifier}: neither an existing folder nor a hub id; expected a folder or owner/name"
-        ) from None
-    except GatedRepoError:  # before RepositoryNotFoundError, of which it is a kind
-        raise ModelError(
-            f"{setting}={identifier} is gated: accept its licence at {page}, then run `hf auth login` (or set "
-            f"HF_TOKEN) with the same account; or pass a local copy with {setting}=/path/to/folder"
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{setting}={identifier}: {page} has no branch, tag or commit {revision}") from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{setting}={identifier}: {page} does not exist, or is private; check the name, and run `hf auth login` "
-            "(or set HF_TOKEN) for a private one"
-        ) from None
-    except LocalEntryNotFoundError:  # the hub did not answer, and the cache has no copy
-        raise ModelError(
-            f"{setting}={identifier}: not in the local cache, and the hub cannot be reached; connect, or pass a local "
-            f"folder with {setting}=/path/to/folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{setting}={identifier}: the download failed ({type(error).__name__}: {error}); try again, or pass a "
-            f"local folder with {setting}=/path/to/folder"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
