@@ -23,6 +23,7 @@ class Exclusion(StrEnum):
     UNREADABLE = "clip unusable"
     CLEAN_WRONG = "clean prediction wrong"
     CORRUPTED_RIGHT = "corrupted prediction right"
+    LAYOUT = "clean and corrupted prompt differ in length"
     NO_EFFECT = "corruption does not lower the answer's probability"
 
 

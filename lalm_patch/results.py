@@ -92,6 +92,12 @@ def build_dataset(
             "sample", _predictions(logit, options), f"option with the largest logit, {name}"
         )
         variables[f"top_token_id_{run}"] = _variable("sample", top, f"most probable token id, {name}; -1 if not run")
+        if any(sample.meta.get(f"transcript_{run}") is not None for sample in samples):
+            variables[f"transcript_{run}"] = _variable(
+                "sample",
+                np.array([clean_text(sample.meta.get(f"transcript_{run}") or "") for sample in samples], object),
+                f"transcript given beside the audio, {name}; empty for none",
+            )
     variables |= _token_variables(samples, text_length)
     dataset = xr.Dataset(variables, coords=_coordinates(samples, options, dims, layers, text_length))
     reasons = Counter(sample.meta["exclusion"] for sample in samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from lalm_patch.models.proof import TOLERANCES, make_pair, prove
 from lalm_patch.progress import Progress
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record, corrupt
+from lalm_patch.transcripts import Transcripts
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class Tracer:
         self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
         self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
         self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
-        pair = make_pair(lalm, fixed, self.layout)
+        self.transcripts = Transcripts(lalm, settings)
+        pair = make_pair(lalm, replace(fixed, transcript=self.transcripts.example), self.layout)
         self.checks = prove(lalm, pair)
         self.engine: Engine
         self.engine, engine_checks = choose_engine(lalm, settings.engine, pair, self.option_ids, self.tolerance)
@@ -106,19 +108,27 @@ class Tracer:
         Raises:
             ModelError: clean and corrupted input differ in their positions.
         """
-        prompt = self.prompt(record.id)
+        silent = corrupt(waveform, self.settings.corruption.name)
+        spoken = self.transcripts.pair(waveform, silent)
+        prompt, other_prompt = (replace(self.prompt(record.id), transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
-        corrupted = self._encode_corrupted(waveform, prompt)
-        if not clean.tokens.same_layout(corrupted.tokens):
-            raise ModelError(
-                f"{record.name}: clip and {self.settings.corruption.name} give {len(clean.tokens)} and "
-                f"{len(corrupted.tokens)} positions or other tokens, so their states cannot be exchanged"
-            )
+        corrupted = self._encode_corrupted(silent, other_prompt)
+        same = clean.tokens.same_layout(corrupted.tokens)
+        lengths = (
+            f"clip and {self.settings.corruption.name} give {len(clean.tokens)} and {len(corrupted.tokens)} positions"
+        )
+        if not same and spoken[0] == spoken[1]:
+            raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
         grid = self.grid(clean.tokens)
         answer = self.attribute.options.index(record.label)
         base = self.engine.base(clean, corrupted, self.option_ids)
         reason = exclusion(base, self.option_ids, answer, self.settings.prompt.correct)
+        if not same and reason is Exclusion.KEPT:
+            reason = Exclusion.LAYOUT
         trace = SampleTrace(_arrays("base", base, (2,)), self._meta(record, waveform, clean.tokens, prompt, reason))
+        trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
+        if reason is Exclusion.LAYOUT:
+            trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
         if reason is not Exclusion.KEPT:
             progress.drop(len(grid.cells))
             return trace
@@ -132,7 +142,7 @@ class Tracer:
         return trace
 
     def _encode_corrupted(self, waveform: np.ndarray, prompt: Prompt) -> Encoding:
-        tokens, inputs = self.lalm.inputs(corrupt(waveform, self.settings.corruption.name), prompt, self.layout)
+        tokens, inputs = self.lalm.inputs(waveform, prompt, self.layout)
         key = _digest(inputs)
         if key not in self._corrupted:
             self._corrupted[key] = self.lalm.embed(tokens, inputs)

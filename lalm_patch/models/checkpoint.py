@@ -76,7 +76,7 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
             parts[part] = find_repository(given, setting=f"model.{part}", weights=weights)
         elif getattr(settings, part):
             raise ModelError(
-                f"model.{part}={getattr(settings, part)}: {settings.id} is one checkpoint, it has no parts"
+                f"model.{part}={getattr(settings, part)}: {settings.id} is one whole checkpoint, leave model.{part} out"
             )
     return Checkpoint(found.folder, found.id, found.commit, parts)
 

@@ -36,16 +36,16 @@ class Desta2(NativeFamily):
         """As `Family.load`, from the folders of connector, decoder and encoder."""
         cls.check_type(checkpoint.folder)
         parts: dict[str, Any] = {name: part.folder for name, part in checkpoint.parts.items()}
-        module, *rest = native.load_desta(cls.release, checkpoint.folder, **parts, **weights)
-        return module, cls(*rest, module.config)
+        module, tokenizer, extractor = native.load_desta(cls.release, checkpoint.folder, **parts, **weights)
+        return module, cls(tokenizer, extractor, module.config)
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
         """As `Family.outline`."""
         cls.check_type(checkpoint.folder)
         parts: dict[str, Any] = {name: part.folder for name, part in checkpoint.parts.items()}
-        module, *rest = native.outline_desta(cls.release, checkpoint.folder, **parts)
-        return module, cls(*rest, module.config)
+        module, tokenizer, extractor = native.outline_desta(cls.release, checkpoint.folder, **parts)
+        return module, cls(tokenizer, extractor, module.config)
 
     def build(self, prompt: Prompt, layout: str, response: str, audio_positions: int | None) -> native.NativePrompt:
         """System turn, audio turn with vectors and transcript, user's turn."""
