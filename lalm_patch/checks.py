@@ -11,6 +11,25 @@ from lalm_patch.errors import CheckError
 
 log = logging.getLogger(__name__)
 
+STATEMENTS = {
+    "same_layout": "noise and silence of the same length give the same positions; if not, positions cannot be "
+    "exchanged",
+    "audio_reaches_model": "noise in place of silence moves the logits (relative); if not, the model answers without "
+    "hearing: look at the audio encoder, the connector and the processor",
+    "layers_keep_length": "every decoder layer's output has one state per position; if not, this architecture needs "
+    "another site",
+    "decoder_from_embeddings": "decoder, final norm and head on the embeddings give the whole model's probabilities; "
+    "if not, the model computes something after or beside its decoder, use engine=direct",
+    "restore_all": "restoring every position after the middle layer gives back the clean run; if not, layers share "
+    "states past the residual stream and recovery rates do not mean what they say",
+    "replay_at_load": "replay gives the direct engine's probabilities on random cells of noise against silence",
+    "replay_equals_direct": "random cells computed again by the direct engine have the same probabilities; if not, use "
+    "engine=direct",
+    "last_layer_identity": "patching the last layer restores the clean probability at the last position and nothing "
+    "elsewhere",
+}
+"""What each check verifies, in words, and what to do if it does not hold; in the order in which a run makes them."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -21,7 +40,7 @@ class Check:
         passed: whether it holds.
         value: the measured number.
         bound: what it was compared with.
-        statement: what was verified, in words, and what to do if it does not hold.
+        statement: from `STATEMENTS`.
     """
 
     name: str
@@ -31,14 +50,14 @@ class Check:
     statement: str
 
     @classmethod
-    def at_most(cls, name: str, value: float, bound: float, statement: str) -> Check:
-        """A check that holds if `value` is at most `bound` (NaN never is)."""
-        return cls(name, bool(value <= bound), float(value), float(bound), statement)
+    def at_most(cls, name: str, value: float, bound: float, statement: str | None = None) -> Check:
+        """A check that holds if `value` is at most `bound` (NaN never is), with the name's statement."""
+        return cls(name, bool(value <= bound), float(value), float(bound), statement or STATEMENTS[name])
 
     @classmethod
-    def more_than(cls, name: str, value: float, bound: float, statement: str) -> Check:
+    def more_than(cls, name: str, value: float, bound: float, statement: str | None = None) -> Check:
         """A check that holds if `value` exceeds `bound` (NaN never does)."""
-        return cls(name, bool(value > bound), float(value), float(bound), statement)
+        return cls(name, bool(value > bound), float(value), float(bound), statement or STATEMENTS[name])
 
     def __str__(self) -> str:
         return f"{self.name}: {'passed' if self.passed else 'FAILED'} ({self.value:.3g}, bound {self.bound:.3g})"

@@ -24,11 +24,14 @@ _failures: list[str] = []
 def run_one(config: DictConfig) -> None:
     """One run of the command line; errors a user can put right are logged in one sentence."""
     try:
-        from lalm_patch.run import run
+        from lalm_patch.run import dry_run, run
 
         _quiet_libraries()
 
         settings = to_settings(config)
+        if settings.dry_run:
+            print(dry_run(settings))
+            return
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = HydraConfig.get().overrides.task
         print(run(settings, folder, shlex.join(["python", "-m", "lalm_patch", *overrides])).summary)

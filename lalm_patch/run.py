@@ -90,6 +90,23 @@ def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
     return RunOutcome(dataset, files, summary(dataset, files))
 
 
+def dry_run(settings: RunSettings) -> str:
+    """What `run` would do; needs no weights, and neither clips nor network where the model's small files are here.
+
+    Raises:
+        LalmPatchError: a setting, model or prompt that the run would refuse, too.
+    """
+    from lalm_patch.dry_run import describe_run
+
+    attribute = _attribute(settings)
+    records: list[Record] | DataError
+    try:
+        records = load_records(settings, attribute)
+    except DataError as error:
+        records = error
+    return describe_run(settings, attribute, records)
+
+
 def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:
     """The clips of a run.
 

@@ -110,7 +110,7 @@ def test_upstream_excludes_clips_whose_transcripts_differ_in_length(
     assert not np.isnan(dataset["p_clean"]).any()
 
 
-def test_transcript_for_a_model_that_reads_none() -> None:
+def test_transcript_for_a_model_that_reads_none(tmp_path: Path) -> None:
     settings = compose("transcript=clean", "attr=gender", "data.limit=2")
     with pytest.raises(ConfigError, match="transcript=clean: demo reads no transcript"):
-        run(settings, Path("unused"))
+        run(settings, tmp_path)

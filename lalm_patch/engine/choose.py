@@ -84,9 +84,4 @@ def _proof(
     grid = Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))
     fast = replay.sweep(clean, corrupted, grid, ids).probabilities
     slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
-    return Check.at_most(
-        "replay_at_load",
-        float(np.abs(fast - slow).max()),
-        tolerance,
-        "replay gives the direct engine's probabilities on random cells of noise against silence",
-    )
+    return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)

@@ -85,7 +85,7 @@ class ReplayEngine:
         source, base = self._source_run(clean), self._corrupted_run(corrupted)
         parts = []
         with suffix_attention_in(self.lalm.decoder_module):
-            for pack in self._packs(grid.cells, len(corrupted.tokens)):
+            for pack in _packs(grid.cells, len(corrupted.tokens), self.pack_tokens):
                 logits = self._run_pack(pack, source, base, corrupted)
                 parts.append((pack.indices, Readout.of(logits, option_ids)))
                 progress(len(pack.indices))
@@ -127,21 +127,10 @@ class ReplayEngine:
 
     # --- packs -------------------------------------------------------------------------------------------------
 
-    def _packs(self, cells: Sequence[Intervention], length: int) -> Iterator[_Pack]:
-        """Group cells by their first layer; within one, longest suffix first, cut at `pack_tokens`."""
-        for layer in sorted({cell.first_layer for cell in cells}):
-            chosen = [index for index, cell in enumerate(cells) if cell.first_layer == layer]
-            chosen.sort(key=lambda index: cells[index].first_position)
-            pack: list[int] = []
-            tokens = 0
-            for index in chosen:
-                suffix = length - cells[index].first_position
-                if pack and tokens + suffix > self.pack_tokens:
-                    yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
-                    pack, tokens = [], 0
-                pack.append(index)
-                tokens += suffix
-            yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
+    @staticmethod
+    def count_passes(cells: Sequence[Intervention], length: int, pack_tokens: int) -> int:
+        """Forward passes for the cells of a prompt of `length` positions."""
+        return sum(1 for _ in _packs(cells, length, pack_tokens))
 
     def _run_pack(self, pack: _Pack, source: _SourceRun, base: _CorruptedRun, corrupted: Encoding) -> Tensor:
         """Logits [cells, vocabulary] of a pack."""
@@ -170,6 +159,23 @@ class ReplayEngine:
                 layers[index].output[:, where] = states.to(layers[index].output.device)
             last = self.lalm.norm.output[0, ends - 1].clone().save()
         return self.lalm.logits(last)
+
+
+def _packs(cells: Sequence[Intervention], length: int, pack_tokens: int) -> Iterator[_Pack]:
+    """Group cells by their first layer; within one, longest suffix first, cut at `pack_tokens`."""
+    for layer in sorted({cell.first_layer for cell in cells}):
+        chosen = [index for index, cell in enumerate(cells) if cell.first_layer == layer]
+        chosen.sort(key=lambda index: cells[index].first_position)
+        pack: list[int] = []
+        tokens = 0
+        for index in chosen:
+            suffix = length - cells[index].first_position
+            if pack and tokens + suffix > pack_tokens:
+                yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
+                pack, tokens = [], 0
+            pack.append(index)
+            tokens += suffix
+        yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
 
 
 def _writes(pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun) -> list[tuple[int, Tensor, Tensor]]:

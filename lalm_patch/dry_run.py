@@ -1,0 +1,181 @@
+"""What a run would do, said before it does it: prompt, targets, cells and passes, memory and time, checks.
+
+Needs configuration and tokenizer of the model, no weights, and computes nothing but a small matrix product to learn how
+fast this machine is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lalm_patch.checks import STATEMENTS
+from lalm_patch.engine import ReplayEngine
+from lalm_patch.engine.choose import replay_obstacle
+from lalm_patch.errors import DataError
+from lalm_patch.grids import Grid, chosen_layers, make_grid
+from lalm_patch.models import LALM, TokenTable
+from lalm_patch.settings import RunSettings
+from lalm_patch.stimuli import SAMPLING_RATE, Attribute, Prompt, Record
+from lalm_patch.transcripts import Transcripts
+
+EXAMPLE_SECONDS = 3.0
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimates for one clip.
+
+    Attributes:
+        passes: forward passes, the clean and the corrupted run among them.
+        positions: positions that go through decoder layers, summed over layers and passes.
+        seconds: at the speed of matrix products on this device.
+        weights: bytes of the model's parameters.
+        working: bytes of the largest pack: states, keys and values, logits.
+    """
+
+    passes: int
+    positions: int
+    seconds: float
+    weights: int
+    working: int
+
+
+def describe_run(settings: RunSettings, attribute: Attribute, records: list[Record] | DataError) -> str:
+    """The page that `dry_run=true` prints.
+
+    Args:
+        settings: the run's settings.
+        attribute: what is asked.
+        records: the clips, or why they cannot be had here: then the example is noise.
+
+    Raises:
+        LalmPatchError: as the run itself would, where that needs no weights.
+    """
+    lalm = LALM.outline(settings.model)
+    layout = settings.prompt.layout or settings.model.prompt_layout
+    prompt = replace(Prompt.from_attribute(attribute), transcript=Transcripts(lalm, settings).example)
+    targets = lalm.target_ids(prompt, layout, settings.prompt.target)
+    waveform, example = _example(records)
+    tokens, _ = lalm.inputs(waveform, prompt, layout)
+    grid = make_grid(settings.granularity.name, tokens, chosen_layers(lalm.num_layers, settings.granularity.layers))
+    obstacle = replay_obstacle(lalm)
+    replay = settings.engine.name != "direct" and obstacle is None
+    cost = estimate(lalm, grid, tokens, settings, replay)
+    clips = f"{len(records)} clips" if isinstance(records, list) else f"clips unknown here ({records})"
+    engine = "replay" if replay else "direct" + (f" ({obstacle})" if obstacle else "")
+    total = f"; all clips {_duration(cost.seconds * len(records))}" if isinstance(records, list) else ""
+    lines = [
+        f"model    {settings.model.name}: {lalm.id} ({lalm.commit}), {type(lalm.module).__name__}, {lalm.num_layers} "
+        f"decoder layers, prompt layout {layout}",
+        f"data     {clips}",
+        f"example  {example}: {len(tokens)} positions, {len(tokens.audio_positions)} of them audio, "
+        f"{len(tokens.text_positions)} after it",
+        *_token_lines(tokens),
+        "targets  " + ", ".join(f"{option} {id}" for option, id in zip(attribute.options, targets, strict=True)),
+        f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip",
+        f"engine   {engine}: {cost.passes} forward passes per clip, the clean and the corrupted run among them",
+        f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
+        f"{cost.working / _GIGA:.2f} GB for the largest pack",
+        f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on {_device(settings)})",
+        "checks   " + "\n         ".join(f"{name}: {STATEMENTS[name]}" for name in STATEMENTS),
+        "settings " + json.dumps(asdict(settings)),
+        "Nothing was run. Leave out dry_run=true to run it.",
+    ]
+    return "\n".join(["", *lines])
+
+
+def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, replay: bool) -> Cost:
+    """Passes, positions, time and memory of one clip.
+
+    A position costs two operations per weight of a decoder layer and, for attention, four per key and hidden unit.
+    Audio tower and projector run once per clip and once for what replaces it.
+    """
+    length, layers = len(tokens), lalm.num_layers
+    item = getattr(torch, settings.model.dtype).itemsize
+    decoder: Any = lalm.decoder_module
+    config = decoder.config
+    per_layer = _parameters(decoder.layers) // layers
+    whole = _parameters(lalm.module)
+    head = _parameters(lalm.module.get_output_embeddings())
+    embedding = _parameters(lalm.module.get_input_embeddings())
+    audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
+    first = tokens.text_positions[0]
+    if replay:
+        suffixes = [(cell.first_layer, length - cell.first_position) for cell in grid.cells]
+        positions = 2 * layers * length + sum((layers - 1 - layer) * suffix for layer, suffix in suffixes)
+        passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)
+        pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
+    else:
+        passes = 2 + len(grid.cells)
+        positions = passes * layers * length
+        pack = length
+    attention = 4 * length * config.hidden_size
+    operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
+    widest = max(getattr(config, "intermediate_size", 0) * 3, config.hidden_size * 6)
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    kept = layers * (2 * key_width * length + 2 * config.hidden_size * (length - first))
+    working = item * (pack * widest + kept) + 4 * config.vocab_size * len(grid.cells[: max(1, pack // 8)])
+    return Cost(passes, positions, operations / _speed(settings), whole * item, working)
+
+
+def _audio_frames(tokens: TokenTable) -> int:
+    """Encoder frames for the audio positions; encoders see two to four frames per position."""
+    return 4 * len(tokens.audio_positions)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _speed(settings: RunSettings, size: int = 1024, seconds: float = 0.2) -> float:
+    """Operations per second of matrix products of the run's type on its device."""
+    device, dtype = torch.device(_device(settings)), getattr(torch, settings.model.dtype)
+    left = torch.randn(size, size, device=device).to(dtype)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        (left @ left).sum().item()  # item: waits for the device
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - started)
+
+
+def _device(settings: RunSettings) -> str:
+    if settings.model.device != "auto":
+        return settings.model.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _example(records: list[Record] | DataError) -> tuple[np.ndarray, str]:
+    if isinstance(records, list):
+        record = records[0]
+        return record.waveform(None), f"clip {record.id}"
+    samples = int(EXAMPLE_SECONDS * SAMPLING_RATE)
+    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    return noise, f"{EXAMPLE_SECONDS:g} s of noise"
+
+
+def _token_lines(tokens: TokenTable) -> list[str]:
+    """One line per token, audio and what is before it in runs."""
+    lines = [f"         {'position':>9}  {'role':<10}  {'id':>7}  token"]
+    for role, group in itertools.groupby(range(len(tokens)), key=lambda index: tokens.roles[index]):
+        run = list(group)
+        if role == "audio":
+            lines.append(f"         {f'{run[0]}-{run[-1]}':>9}  {role:<10}  {tokens.ids[run[0]]:>7}  x {len(run)}")
+        else:
+            lines += [f"         {i:>9}  {role:<10}  {tokens.ids[i]:>7}  {tokens.texts[i]!r}" for i in run]
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
