@@ -82,7 +82,7 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
         *_token_lines(tokens),
         "targets  " + ", ".join(f"{option} {id}" for option, id in zip(attribute.options, targets, strict=True)),
         f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip",
-        f"engine   {engine}: {cost.passes} forward passes per clip, the clean and the corrupted run among them",
+        f"engine   {engine}: {cost.passes} forward passes per clip, clean and corrupted run included",
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
         f"{cost.working / _GIGA:.2f} GB for the largest pack",
         f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on {_device(settings)})",
@@ -115,7 +115,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)
         pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
     else:
-        passes = 2 + len(grid.cells)
+        passes = 3 + len(grid.cells)  # the clean run once more, for its states
         positions = passes * layers * length
         pack = length
     attention = 4 * length * config.hidden_size
