@@ -16,7 +16,7 @@ import soundfile
 
 from training.animals import ANIMALS, call
 from training.sentences import EVALUATION_SENTENCES, SENTENCES
-from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, add_noise, speak
+from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, add_noise, other_throat, speak
 from training.words import phrase
 
 MAX_SECONDS = 4.5
@@ -70,6 +70,8 @@ def speech_clip(part: str, rng: np.random.Generator, **fixed: str) -> Clip:
         waveform = speak(text, language, gender, variant, emotion, rng)
         if len(waveform) <= MAX_SECONDS * SAMPLING_RATE:
             break
+    if part == "train" and rng.random() < 0.5:
+        waveform = other_throat(waveform, rng.uniform(0.94, 1.06))
     if part == "train" and rng.random() < 0.5:
         waveform = add_noise(waveform, rng.uniform(15, 40), rng)
     return Clip(waveform, {"language": language, "gender": gender, "emotion": emotion}, variant)

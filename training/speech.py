@@ -144,6 +144,11 @@ def shape(clip: np.ndarray, preset: Prosody, rng: np.random.Generator) -> np.nda
     return np.clip(clip, -0.99, 0.99).astype(np.float32)
 
 
+def other_throat(clip: np.ndarray, factor: float) -> np.ndarray:
+    """The clip played `factor` times as fast: pitch, formants and tempo all move, as if another throat spoke."""
+    return np.asarray(soxr.resample(clip, SAMPLING_RATE * factor, SAMPLING_RATE), np.float32)
+
+
 def add_noise(clip: np.ndarray, snr: float, rng: np.random.Generator) -> np.ndarray:
     """Pinkish background noise at a signal-to-noise ratio in dB."""
     noise = signal.lfilter([1.0], [1.0, -0.9], rng.normal(size=len(clip)))

@@ -232,7 +232,8 @@ def draw(
         column = int(rng.choice(len(ATTRIBUTES), p=shares / shares.sum()))
         name, source = ATTRIBUTES[column], features
         if rng.random() < SHARE_SILENT:
-            source, index = silent, int(rng.integers(len(silent)))
+            # As long as the clip it replaces: one long clip in a batch costs as much as a batch of long clips.
+            source, index = silent, int((silent.frames - features.frames[index]).abs().argmin())
             answers[row, prompts.answers(name)] = 1 / len(prompts.answers(name))
         else:
             answers[row, prompts.answer(name, int(labels[column]))] = 1
