@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from conftest import GENDER, write_sakura
+from tiny_models import save_tiny_qwen2_audio
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -55,6 +56,15 @@ def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "attr=gender",
         f"data.root={root}",
     )
+
+
+def test_a_model_that_cannot_hear_stops_the_run(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """Its projector is cut: whatever the clip, the decoder gets the same."""
+    deaf = save_tiny_qwen2_audio(tmp_path / "deaf", cut_audio=True)
+    message = refused(tmp_path, *tiny, f"model.id={deaf}")
+    assert "audio_reaches_model: FAILED" in message
+    assert "look at the audio encoder, the connector and the processor" in message
+    assert not list(tmp_path.rglob("result.nc"))
 
 
 def result_of(folder: Path, pattern: str) -> Path:
