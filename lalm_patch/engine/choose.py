@@ -60,7 +60,7 @@ def choose_engine(
     obstacle = replay_obstacle(lalm)
     checks: list[Check] = []
     if obstacle is None:
-        replay = ReplayEngine(lalm, settings.pack_tokens)
+        replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
         check = _proof(lalm, replay, pair.noise, pair.silence, option_ids, tolerance)
         if check.passed:
             return replay, [check]
