@@ -57,14 +57,6 @@ class _Pack:
     indices: tuple[int, ...]
     cells: tuple[Intervention, ...]
 
-    def halves(self) -> tuple[_Pack, _Pack]:
-        """The pack as two."""
-        middle = len(self.cells) // 2
-        return (
-            _Pack(self.layer, self.indices[:middle], self.cells[:middle]),
-            _Pack(self.layer, self.indices[middle:], self.cells[middle:]),
-        )
-
 
 class ReplayEngine:
     """Runs interventions of a grid in packs.
@@ -113,7 +105,7 @@ class ReplayEngine:
                 pack = waiting.pop()
                 readout = self._attempt(pack, source, base, corrupted, option_ids)
                 if readout is None:
-                    waiting.extend(self._smaller(pack, waiting, length))
+                    self._make_smaller(pack, waiting, length)
                     continue
                 parts.append((pack.indices, readout))
                 progress(len(pack.indices))
@@ -140,8 +132,8 @@ class ReplayEngine:
                 ) from error
             return None
 
-    def _smaller(self, pack: _Pack, waiting: list[_Pack], length: int) -> list[_Pack]:
-        """What to run in place of a pack that did not fit, next one last; `waiting` is cut to the same size."""
+    def _make_smaller(self, pack: _Pack, waiting: list[_Pack], length: int) -> None:
+        """Halve the size of packs after one did not fit: it and all that `waiting` holds (next one last) are cut."""
         gc.collect()  # a failed trace leaves cycles behind that hold its tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -153,10 +145,9 @@ class ReplayEngine:
             self.pack_tokens,
             self.pack_tokens,
         )
-        first, second = pack.halves()
-        rest = [self._cut(other, length, self.pack_tokens) for other in waiting]
-        waiting[:] = [piece for pieces in rest for piece in reversed(list(pieces))]
-        return [second, first]
+        waiting.append(pack)
+        pieces = [piece for other in reversed(waiting) for piece in self._cut(other, length, self.pack_tokens)]
+        waiting[:] = reversed(pieces)
 
     # --- the two base runs -------------------------------------------------------------------------------------
 

@@ -123,8 +123,8 @@ def suffix_attention(
             queries, prefix_keys[:, : suffixes.window_start], prefix_values[:, : suffixes.window_start], scale
         )
         # The share of the whole softmax that falls on the window.
-        weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1).to(own_out.dtype)
-        own_out = torch.lerp(out.transpose(1, 2), own_out, weight)
+        weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1)
+        own_out = torch.lerp(out.transpose(1, 2).float(), own_out.float(), weight).to(query.dtype)
     return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size), None
 
 
