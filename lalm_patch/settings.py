@@ -116,12 +116,14 @@ class EngineSettings:
     Attributes:
         name: auto (replay where the decoder allows it), replay, or direct.
         pack_tokens: most suffix positions that share one forward pass.
+        memory_budget: what such a pass may take beside the model, in GiB; null: a share of the free memory.
         spot_checks: cells of a run that the direct engine computes again, two per clip.
         tolerance: largest difference in probability that replay may show; null chooses by dtype.
     """
 
     name: str = MISSING
     pack_tokens: int = 2048
+    memory_budget: float | None = None
     spot_checks: int = 8
     tolerance: float | None = None
 
@@ -167,6 +169,7 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "model.device",
     "model.device_map",
     "engine.pack_tokens",
+    "engine.memory_budget",
 )
 
 CHOICES: dict[str, tuple[Any, ...]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,17 @@ import torch
 from conftest import GENDER, load, noise
 from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
-from lalm_patch.engine import DirectEngine, Readout, ReplayEngine
+from lalm_patch.engine import DirectEngine, Readout, ReplayEngine, suffix_attention
+from lalm_patch.engine.choose import choose_engine, noise_floor
+from lalm_patch.engine.memory import GIB, bytes_per_token, tokens_within
+from lalm_patch.engine.suffix_attention import attend, attend_plainly
+from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid, layer_grid, make_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch
 from lalm_patch.metrics import recovery_rate
 from lalm_patch.models import LALM, Encoding
+from lalm_patch.models.proof import TOLERANCES, make_pair
+from lalm_patch.settings import EngineSettings
 from lalm_patch.stimuli import Prompt, silence
 
 TOLERANCE = 1e-5
@@ -229,14 +236,153 @@ def test_planted_attention_window_is_what_the_curve_shows(
         assert abs(rate[first] - 1) > 1e-4
 
 
-def test_half_precision_replay_stays_near_direct(checkpoints: dict[str, Path], prompt: Prompt) -> None:
-    lalm = load(checkpoints["qwen2_audio"], "qwen2_audio", dtype="bfloat16")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_replay_errs_no_more_than_direct(
+    checkpoints: dict[str, Path], prompt: Prompt, dtype: str, attention: str
+) -> None:
+    """Both engines round; against the float32 model neither is further off than rounding makes the other."""
+    exact, rounded = (
+        load(checkpoints["voxtral"], "voxtral", dtype=kind, attn_implementation=attention)
+        for kind in ("float32", dtype)
+    )
+    for parameter, rough in zip(exact.module.parameters(), rounded.module.parameters(), strict=True):
+        parameter.copy_(rough)  # the same rounded weights: what differs is the arithmetic
+    true_clean, true_corrupted = encodings(exact, prompt)
+    clean, corrupted = encodings(rounded, prompt)
+    ids = likely_tokens(exact, true_clean, true_corrupted)
+    cells = token_grid(clean.tokens, range(rounded.num_layers)).cells[::5]
+    truth = ReplayEngine(exact).sweep(true_clean, true_corrupted, one_row(*cells), ids).probabilities
+    fast = ReplayEngine(rounded).sweep(clean, corrupted, one_row(*cells), ids)
+    slow = DirectEngine(rounded).sweep(clean, corrupted, one_row(*cells), ids)
+    noise_of_direct, noise_of_replay = (np.sqrt(((run.probabilities - truth) ** 2).mean()) for run in (slow, fast))
+    assert 1e-6 < noise_of_replay < 2 * noise_of_direct
+    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=TOLERANCES[rounded.dtype])
+    assert fast.option_logits.dtype == fast.logsumexp.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(33, 50, False), (7, 7, True), (1, 1, True)])
+def test_attention_and_its_log_sum_exp_follow_the_definition(
+    dtype: torch.dtype, queries: int, keys: int, causal: bool
+) -> None:
+    """The kernel used on a CPU, and the plain form used elsewhere, against the softmax in float64."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, queries, 16, generator=generator).to(dtype)
+    key, value = (torch.randn(3, keys, 16, generator=generator).to(dtype) for _ in range(2))
+    scores = query.double() @ key.double()[:, None].transpose(-1, -2) * 0.3
+    if causal:
+        scores = scores.masked_fill(torch.ones(queries, keys, dtype=torch.bool).triu(1), float("-inf"))
+    expected = scores.softmax(-1) @ value.double()[:, None]
+    for function in (attend, attend_plainly):
+        out, total = function(query, key, value, 0.3, causal)
+        assert out.dtype == dtype
+        assert total.dtype == torch.float32
+        np.testing.assert_allclose(out.double(), expected, atol=8 * torch.finfo(dtype).eps)
+        np.testing.assert_allclose(total.double(), scores.logsumexp(-1), atol=8 * torch.finfo(dtype).eps)
+
+
+def test_plain_attention_gives_the_same_sweep(lalm: LALM, prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, run here."""
     clean, corrupted = encodings(lalm, prompt)
     ids = likely_tokens(lalm, clean, corrupted)
-    grid = layer_grid(clean.tokens, range(lalm.num_layers))
-    fast = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
-    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
-    np.testing.assert_allclose(fast, slow, atol=0.05)
+    grid = token_grid(clean.tokens, range(lalm.num_layers))
+    kernel = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids)
+    monkeypatch.setattr(suffix_attention, "attend", attend_plainly)
+    plain = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids)
+    np.testing.assert_allclose(plain.probabilities, kernel.probabilities, atol=TOLERANCE)
+    assert (plain.option_logits != kernel.option_logits).any()  # it did take the other road
+
+
+def _torch_error() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def _real_allocation() -> None:
+    torch.empty(2**52)  # more than any address space: torch's own allocator refuses
+
+
+@pytest.mark.parametrize("failure", [_torch_error, _real_allocation])
+def test_out_of_memory_halves_the_pack_and_the_run_goes_on(
+    lalm: LALM, prompt: Prompt, caplog: pytest.LogCaptureFixture, failure: Callable[[], None]
+) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    ids = likely_tokens(lalm, clean, corrupted)
+    grid = token_grid(clean.tokens, range(lalm.num_layers))
+    expected = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids)
+    engine, told = ReplayEngine(lalm), []
+    engine.base(clean, corrupted, ids)
+    largest = 0
+
+    def refuse(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal largest
+        if inputs[0].shape[1] > 70:
+            failure()
+        largest = max(largest, inputs[0].shape[1])
+
+    handle = lalm.decoder_module.layers[-1].mlp.register_forward_pre_hook(refuse)
+    try:
+        got = engine.sweep(clean, corrupted, grid, ids, told.append)
+        attempts = len(caplog.records)
+        again = engine.sweep(clean, corrupted, grid, ids)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(got.probabilities, expected.probabilities, atol=TOLERANCE)
+    np.testing.assert_allclose(again.probabilities, expected.probabilities, atol=TOLERANCE)
+    assert sum(told) == len(grid.cells)  # no cell is counted twice
+    assert largest <= 70
+    assert engine.pack_tokens <= 70
+    assert "out of memory" in caplog.text
+    assert len(caplog.records) == attempts  # the smaller size is kept: the second sweep tries nothing too large
+
+
+def test_a_cell_that_does_not_fit_alone_is_an_error(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt, 0.7)
+    engine, grid = ReplayEngine(lalm), one_row(Intervention([Patch(0, clean.tokens.text_positions)]))
+    engine.base(clean, corrupted, (1, 2))
+    handle = lalm.decoder_module.layers[-1].mlp.register_forward_pre_hook(lambda *_: _torch_error())
+    try:
+        with pytest.raises(ModelError, match="out of memory with a single cell"):
+            engine.sweep(clean, corrupted, grid, (1, 2))
+    finally:
+        handle.remove()
+
+
+def test_packs_follow_the_memory_budget(lalm: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(lalm, prompt)
+    ids, length = likely_tokens(lalm, clean, corrupted), len(corrupted.tokens)
+    grid = token_grid(clean.tokens, range(lalm.num_layers))
+    budget = 50 * bytes_per_token(lalm, length)
+    seen: list[int] = []
+    engine = ReplayEngine(lalm, memory_budget=budget / GIB)
+    engine.base(clean, corrupted, ids)
+    handle = lalm.decoder_module.layers[-1].register_forward_pre_hook(
+        lambda _m, inputs: seen.append(inputs[0].shape[1])
+    )
+    try:
+        small = engine.sweep(clean, corrupted, grid, ids)
+    finally:
+        handle.remove()
+    assert 40 <= max(seen) <= 50
+    assert tokens_within(0, lalm, length) == 1
+    whole = ReplayEngine(lalm).sweep(clean, corrupted, grid, ids)
+    np.testing.assert_allclose(small.probabilities, whole.probabilities, atol=TOLERANCE)
+
+
+def test_noise_floor_is_measured_for_every_engine(lalm: LALM, prompt: Prompt) -> None:
+    pair = make_pair(lalm, prompt, "chat")
+    ids = likely_tokens(lalm, pair.noise, pair.silence)
+    for name in ("direct", "replay"):
+        _, checks = choose_engine(lalm, EngineSettings(name), pair, ids, TOLERANCE)
+        floor = {check.name: check for check in checks}["noise_floor"]
+        assert floor.passed
+        if name == "direct":
+            assert floor.value == 0  # writing a state onto itself is exact
+    shifted = DirectEngine(lalm)
+    shifted.base = lambda *arguments: DirectEngine.base(  # type: ignore[method-assign]
+        shifted, pair.noise, pair.noise, arguments[2]
+    )
+    assert not noise_floor(shifted, pair.silence, ids, TOLERANCE).passed
 
 
 def test_voxtral_clip_of_two_windows(checkpoints: dict[str, Path]) -> None:

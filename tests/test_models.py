@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_proof_notices_audio_that_never_arrives(tmp_path: Path, prompt: Prompt) 
 
 
 def test_replay_is_refused_where_the_decoder_does_something_else(
-    checkpoints: dict[str, Path], prompt: Prompt, caplog: pytest.LogCaptureFixture
+    checkpoints: dict[str, Path], prompt: Prompt, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
     assert replay_obstacle(lalm) is None
@@ -142,9 +143,13 @@ def test_replay_is_refused_where_the_decoder_does_something_else(
     engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-5)
     assert isinstance(engine, ReplayEngine)
     assert checks[0].passed
-    config = lalm.decoder_module.config
-    config.use_sliding_window, config.sliding_window = True, 16
-    config.layer_types = ["sliding_attention"] * len(config.layer_types)
+    windowed = Path(shutil.copytree(checkpoints["qwen2_audio"], tmp_path / "windowed"))
+    config = json.loads((windowed / "config.json").read_text())
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 16}
+    config["text_config"]["layer_types"] = ["sliding_attention"] * config["text_config"]["num_hidden_layers"]
+    (windowed / "config.json").write_text(json.dumps(config))
+    lalm = load(windowed, "qwen2_audio")
+    pair = make_pair(lalm, prompt, "chat")
     engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-5)
     assert isinstance(engine, DirectEngine)
     assert "sliding_attention" in caplog.text

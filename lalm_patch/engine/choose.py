@@ -42,6 +42,8 @@ def replay_obstacle(lalm: LALM) -> str | None:
         return "its layers share keys and values"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps attention scores"
+    if any(name.endswith("sinks") for name, _ in lalm.decoder_module.named_parameters()):
+        return "its attention has sinks"
     if not getattr(lalm.decoder_module, "_supports_attention_backend", False):
         return "its attention cannot be exchanged (no attention interface)"
     return None
@@ -55,17 +57,43 @@ def choose_engine(
     Raises:
         ModelError: replay was asked for and cannot work, or does not give the direct engine's numbers.
     """
+    engine, checks = _choose(lalm, settings, pair, option_ids, tolerance)
+    return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance)]
+
+
+def noise_floor(
+    engine: DirectEngine | ReplayEngine, corrupted: Encoding, ids: tuple[int, ...], tolerance: float
+) -> Check:
+    """How far rounding alone moves a probability: the corrupted run's own states are put back into it.
+
+    By definition every such cell is the corrupted run again, in any engine and for any weights.
+    """
+    grid = _random_cells(corrupted, range(engine.lalm.num_layers))
+    unpatched = engine.base(corrupted, corrupted, ids).probabilities[1]
+    patched = engine.sweep(corrupted, corrupted, grid, ids).probabilities
+    return Check.at_most("noise_floor", float(np.abs(patched - unpatched).max()), tolerance)
+
+
+def _choose(
+    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float
+) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
     if settings.name == "direct":
         return DirectEngine(lalm), []
     obstacle = replay_obstacle(lalm)
     checks: list[Check] = []
     if obstacle is None:
-        replay = ReplayEngine(lalm, settings.pack_tokens)
-        check = _proof(lalm, replay, pair.noise, pair.silence, option_ids, tolerance)
-        if check.passed:
-            return replay, [check]
-        obstacle = f"it differs from the direct engine by {check.value:.2g} in probability (bound {check.bound:.2g})"
-        checks = [check]
+        replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
+        try:
+            check = _proof(lalm, replay, pair.noise, pair.silence, option_ids, tolerance)
+        except NotImplementedError as error:
+            obstacle = str(error)
+        else:
+            if check.passed:
+                return replay, [check]
+            obstacle = (
+                f"it differs from the direct engine by {check.value:.2g} in probability (bound {check.bound:.2g})"
+            )
+            checks = [check]
     if settings.name == "replay":
         raise ModelError(
             f"engine=replay does not work with {type(lalm.module).__name__}: {obstacle}; use engine=direct or auto"
@@ -78,10 +106,14 @@ def _proof(
     lalm: LALM, replay: ReplayEngine, clean: Encoding, corrupted: Encoding, ids: tuple[int, ...], tolerance: float
 ) -> Check:
     """Compare the engines on a few random cells of both kinds of grid."""
-    layers = range(lalm.num_layers)
-    cells = (*layer_grid(clean.tokens, layers).cells, *token_grid(clean.tokens, layers).cells)
-    chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
-    grid = Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))
+    grid = _random_cells(clean, range(lalm.num_layers))
     fast = replay.sweep(clean, corrupted, grid, ids).probabilities
     slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
     return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)
+
+
+def _random_cells(encoding: Encoding, layers: range) -> Grid:
+    """A few cells, seeded, of the layer-wise and the token-wise grid."""
+    cells = (*layer_grid(encoding.tokens, layers).cells, *token_grid(encoding.tokens, layers).cells)
+    chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
+    return Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))

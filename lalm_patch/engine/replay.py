@@ -7,6 +7,8 @@ of the sequence through the upper layers; the suffixes of all cells that start a
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lalm_patch.engine.direct import Progress, ignore_progress
+from lalm_patch.engine.memory import GIB, free_budget, is_out_of_memory, tokens_within
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.suffix_attention import KeyValue, SuffixLayout, suffix_attention_in
+from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid
 from lalm_patch.interventions import Intervention
 from lalm_patch.models import LALM, Encoding
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,15 @@ class ReplayEngine:
     Args:
         lalm: the model.
         pack_tokens: most suffix positions in one pack; more needs memory, fewer needs more passes.
+        memory_budget: what a pack may take, in GiB; None: a share of the memory that is free when a sweep starts.
     """
 
     name = "replay"
 
-    def __init__(self, lalm: LALM, pack_tokens: int = 2048) -> None:
+    def __init__(self, lalm: LALM, pack_tokens: int = 2048, memory_budget: float | None = None) -> None:
         self.lalm = lalm
         self.pack_tokens = pack_tokens
+        self.memory_budget = memory_budget
         self._source: tuple[Encoding, _SourceRun] | None = None
         self._corrupted: tuple[Encoding, _CorruptedRun] | None = None
 
@@ -81,20 +89,71 @@ class ReplayEngine:
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
     ) -> Readout:
-        """One row per cell of the grid, in the grid's order."""
+        """One row per cell of the grid, in the grid's order.
+
+        Raises:
+            ModelError: not even a single cell fits into memory.
+        """
         source, base = self._source_run(clean), self._corrupted_run(corrupted)
+        length = len(corrupted.tokens)
+        budget = free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
+        tokens = min(self.pack_tokens, tokens_within(budget, self.lalm, length))
         parts = []
+        waiting = list(self._packs(grid.cells, length, tokens))[::-1]
         with suffix_attention_in(self.lalm.decoder_module):
-            for pack in _packs(grid.cells, len(corrupted.tokens), self.pack_tokens):
-                logits = self._run_pack(pack, source, base, corrupted)
-                parts.append((pack.indices, Readout.of(logits, option_ids)))
+            while waiting:
+                pack = waiting.pop()
+                readout = self._attempt(pack, source, base, corrupted, option_ids)
+                if readout is None:
+                    self._make_smaller(pack, waiting, length)
+                    continue
+                parts.append((pack.indices, readout))
                 progress(len(pack.indices))
         return Readout.scatter(parts)
+
+    def _attempt(
+        self,
+        pack: _Pack,
+        source: _SourceRun,
+        base: _CorruptedRun,
+        corrupted: Encoding,
+        option_ids: Sequence[int],
+    ) -> Readout | None:
+        """A pack's readout, or None when memory does not suffice."""
+        try:
+            return Readout.of(self._run_pack(pack, source, base, corrupted), option_ids)
+        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            if not is_out_of_memory(error):
+                raise
+            if len(pack.cells) == 1:
+                raise ModelError(
+                    f"out of memory with a single cell of {len(corrupted.tokens)} positions in a pack: {error}; "
+                    "use a device with more memory, a smaller model.dtype or shorter clips"
+                ) from error
+            return None
+
+    def _make_smaller(self, pack: _Pack, waiting: list[_Pack], length: int) -> None:
+        """Halve the size of packs after one did not fit: it and all that `waiting` holds (next one last) are cut."""
+        gc.collect()  # a failed trace leaves cycles behind that hold its tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = sum(length - cell.first_position for cell in pack.cells)
+        self.pack_tokens = max(1, min(self.pack_tokens, tokens) // 2)
+        log.warning(
+            "out of memory with %d positions in a pack: going on with %d (engine.pack_tokens=%d avoids the attempt)",
+            tokens,
+            self.pack_tokens,
+            self.pack_tokens,
+        )
+        waiting.append(pack)
+        pieces = [piece for other in reversed(waiting) for piece in self._cut(other, length, self.pack_tokens)]
+        waiting[:] = reversed(pieces)
 
     # --- the two base runs -------------------------------------------------------------------------------------
 
     def _source_run(self, clean: Encoding) -> _SourceRun:
         if self._source is None or self._source[0] is not clean:
+            self._source = None  # the last clip's states go before this one's come
             states, logits, _ = self._whole_run(clean, keep_keys=False)
             self._source = clean, _SourceRun(clean.tokens.text_positions[0], states, logits)
         return self._source[1]
@@ -102,6 +161,7 @@ class ReplayEngine:
     def _corrupted_run(self, corrupted: Encoding) -> _CorruptedRun:
         # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
         if self._corrupted is None or self._corrupted[0] is not corrupted:
+            self._corrupted = None
             states, logits, prefix = self._whole_run(corrupted, keep_keys=True)
             run = _CorruptedRun(corrupted.tokens.text_positions[0], states, logits, prefix)
             self._corrupted = corrupted, run
@@ -127,58 +187,67 @@ class ReplayEngine:
 
     # --- packs -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def count_passes(cls, cells: Sequence[Intervention], length: int, pack_tokens: int) -> int:
+        """Forward passes for the cells of a prompt of `length` positions, where memory allows the packs."""
+        return sum(1 for _ in cls._packs(cells, length, pack_tokens))
+
+    @classmethod
+    def _packs(cls, cells: Sequence[Intervention], length: int, tokens: int) -> Iterator[_Pack]:
+        """Group cells by their first layer; within one, longest suffix first, cut at `tokens` positions."""
+        for layer in sorted({cell.first_layer for cell in cells}):
+            chosen = [index for index, cell in enumerate(cells) if cell.first_layer == layer]
+            chosen.sort(key=lambda index: cells[index].first_position)
+            yield from cls._cut(_Pack(layer, tuple(chosen), tuple(cells[i] for i in chosen)), length, tokens)
+
     @staticmethod
-    def count_passes(cells: Sequence[Intervention], length: int, pack_tokens: int) -> int:
-        """Forward passes for the cells of a prompt of `length` positions."""
-        return sum(1 for _ in _packs(cells, length, pack_tokens))
+    def _cut(pack: _Pack, length: int, tokens: int) -> Iterator[_Pack]:
+        """A pack in pieces of at most `tokens` positions, each of at least one cell."""
+        start = total = 0
+        for end, cell in enumerate(pack.cells):
+            suffix = length - cell.first_position
+            if end > start and total + suffix > tokens:
+                yield _Pack(pack.layer, pack.indices[start:end], pack.cells[start:end])
+                start, total = end, 0
+            total += suffix
+        yield _Pack(pack.layer, pack.indices[start:], pack.cells[start:])
 
     def _run_pack(self, pack: _Pack, source: _SourceRun, base: _CorruptedRun, corrupted: Encoding) -> Tensor:
         """Logits [cells, vocabulary] of a pack."""
-        length, device = len(corrupted.tokens), base.states[pack.layer].device
-        starts = [cell.first_position for cell in pack.cells]
-        rows = torch.cat([torch.full((length - start,), row) for row, start in enumerate(starts)]).to(device)
-        positions = torch.cat([torch.arange(start, length) for start in starts]).to(device)
-        suffixes = SuffixLayout(base.prefix, starts[0], length, rows, positions - starts[0], len(starts))
-        ends = torch.tensor([length - start for start in starts]).cumsum(0)
-        writes = _writes(pack, ends.tolist(), length, source)
+        # Everything the layers index with is made here, on its device: inside the loop nothing waits for the host.
+        length, entering = len(corrupted.tokens), base.states[pack.layer]
+        starts = torch.tensor([cell.first_position for cell in pack.cells])
+        ends = (length - starts).cumsum(0)
+        rows = torch.arange(len(starts)).repeat_interleave(length - starts)
+        positions = torch.arange(len(rows)) + (length - ends)[rows]
+        window_start = int(starts[0])
+        slots = rows * (length - window_start) + positions - window_start
+        suffixes = SuffixLayout(base.prefix, window_start, length, _on(slots, entering.device), len(starts))
+        writes = _writes(pack, ends.tolist(), length, source, [state.device for state in base.states])
+        entering = entering.index_select(0, _on(positions - base.first, entering.device))[None]
+        position_ids = corrupted.position_ids[..., _on(positions, corrupted.position_ids.device)]
+        lasts = _on(ends - 1, base.states[-1].device)
 
-        entering = base.states[pack.layer][positions - base.first][None]
         layers: list[Any] = self.lalm.layers
         with (
             torch.no_grad(),
             self.lalm.decoder.trace(
-                inputs_embeds=entering,
-                position_ids=corrupted.position_ids[..., positions.to(corrupted.position_ids.device)],
-                use_cache=False,
-                suffixes=suffixes,
+                inputs_embeds=entering, position_ids=position_ids, use_cache=False, suffixes=suffixes
             ),
         ):
             for index in range(pack.layer + 1):
                 layers[index].skip(entering)
             for index, where, states in writes:
-                layers[index].output[:, where] = states.to(layers[index].output.device)
-            last = self.lalm.norm.output[0, ends - 1].clone().save()
+                layers[index].output[:, where] = states
+            # Only the last positions go through the final norm.
+            self.lalm.norm.input = self.lalm.norm.input.index_select(1, lasts)
+            last = self.lalm.norm.output[0].clone().save()
         return self.lalm.logits(last)
 
 
-def _packs(cells: Sequence[Intervention], length: int, pack_tokens: int) -> Iterator[_Pack]:
-    """Group cells by their first layer; within one, longest suffix first, cut at `pack_tokens`."""
-    for layer in sorted({cell.first_layer for cell in cells}):
-        chosen = [index for index, cell in enumerate(cells) if cell.first_layer == layer]
-        chosen.sort(key=lambda index: cells[index].first_position)
-        pack: list[int] = []
-        tokens = 0
-        for index in chosen:
-            suffix = length - cells[index].first_position
-            if pack and tokens + suffix > pack_tokens:
-                yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
-                pack, tokens = [], 0
-            pack.append(index)
-            tokens += suffix
-        yield _Pack(layer, tuple(pack), tuple(cells[i] for i in pack))
-
-
-def _writes(pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun) -> list[tuple[int, Tensor, Tensor]]:
+def _writes(
+    pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun, devices: Sequence[torch.device]
+) -> list[tuple[int, Tensor, Tensor]]:
     """(layer, indices into the pack, states) of every patch, one write per layer, layers ascending."""
     by_layer: dict[int, tuple[list[int], list[int]]] = {}
     for cell, end in zip(pack.cells, ends, strict=True):
@@ -186,7 +255,16 @@ def _writes(pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun) -
             where, positions = by_layer.setdefault(patch.layer, ([], []))
             where.extend(end - length + position for position in patch.positions)
             positions.extend(position - source.first for position in patch.positions)
-    return [
-        (layer, torch.tensor(where), source.states[layer][positions])
-        for layer, (where, positions) in sorted(by_layer.items())
-    ]
+    writes = []
+    for layer, (where, positions) in sorted(by_layer.items()):
+        states = source.states[layer]
+        chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(devices[layer])
+        writes.append((layer, _on(torch.tensor(where), devices[layer]), chosen))
+    return writes
+
+
+def _on(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices made on the host, on a device; to a GPU from pinned memory, so that the host does not wait."""
+    if device.type != "cuda":
+        return indices.to(device)
+    return indices.pin_memory().to(device, non_blocking=True)

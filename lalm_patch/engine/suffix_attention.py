@@ -2,21 +2,23 @@
 
 A pack is a batch of one whose sequence is several suffixes, one after another. Suffix r is one patched run from its
 first patched position on; everything before that position is still the corrupted run's, so its keys and values come
-from the corrupted run and are shared by all suffixes. Nothing is padded outside attention, and no mask of pack length
-squared is ever made:
+from the corrupted run and are shared by all suffixes. No mask is ever made, and no work grows with the square of the
+pack's length:
 
     queries            keys
-    every token   x    [0, window_start)             the prefix all suffixes see: one matrix product
+    every token   x    [0, window_start)             the prefix all suffixes see: one attention, keys read in place
     suffix r      x    [window_start, end)           its own table: corrupted before its first position, its own after
 
-Inside the window, columns are positions, so the mask is the plain causal one for every suffix.
+Inside the window, columns are positions, so every suffix attends causally; suffixes are rows of a batch there. Both
+parts are ordinary attentions with a softmax of their own; their log-sum-exps say how much each counts in the whole
+(Dao et al., arXiv 2205.14135, section 3.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,17 +39,28 @@ class SuffixLayout:
         prefix: keys and values of the corrupted run, by layer.
         window_start: first position of the longest suffix in the pack.
         length: number of positions of a whole run.
-        rows: [tokens] which suffix a token belongs to.
-        columns: [tokens] the token's position, counted from `window_start`.
+        slots: [tokens] int64, where a token stands in the table of windows: its suffix times the window's length, plus
+            its position counted from `window_start`.
         num_rows: number of suffixes.
     """
 
     prefix: Sequence[KeyValue]
     window_start: int
     length: int
-    rows: Tensor
-    columns: Tensor
+    slots: Tensor
     num_rows: int
+    _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int:
+        """Positions in the window."""
+        return self.length - self.window_start
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """`slots` on a layer's device; copied once per pack, not once per layer."""
+        if device not in self._slots_on:
+            self._slots_on[device] = self.slots.to(device)
+        return self._slots_on[device]
 
 
 def suffix_attention(
@@ -75,49 +88,92 @@ def suffix_attention(
 
     Returns:
         [1, tokens, heads, head size], and None for the attention weights.
+
+    Raises:
+        NotImplementedError: the model asks for soft caps, sinks or a position bias.
     """
     if suffixes is None or dropout:
         raise ValueError("suffix attention needs a pack's layout and no dropout")
     if unsupported := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"suffix attention has no {', '.join(unsupported)}")
     layer: Any = module.layer_idx
-    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[layer])
     _, heads, tokens, size = query.shape
-    groups, start, window = key.shape[1], suffixes.window_start, suffixes.length - suffixes.window_start
+    groups, rows, window = key.shape[1], suffixes.num_rows, suffixes.window
     share = heads // groups
-    rows, columns = suffixes.rows.to(query.device), suffixes.columns.to(query.device)
-    queries = query[0].reshape(groups, share, tokens, size) * (size**-0.5 if scaling is None else scaling)
+    scale = size**-0.5 if scaling is None else scaling
+    slots = suffixes.slots_on(query.device)
+    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[layer])
+    value_size = value.shape[-1]
+    # Key-value heads are the batch, the query heads that share one are the heads: keys are never repeated.
+    queries = query.view(groups, share, tokens, size)
 
-    own_keys, own_values = (
-        _window_table(prefix, own, suffixes, rows, columns)
-        for prefix, own in ((prefix_keys, key[0]), (prefix_values, value[0]))
+    own_queries = query.new_zeros(groups, rows * window, share, size)
+    own_queries.index_copy_(1, slots, queries.transpose(1, 2))
+    own_out, own_total = attend(
+        own_queries.view(groups * rows, window, share, size).transpose(1, 2),
+        _window_table(prefix_keys, key[0], suffixes, slots),
+        _window_table(prefix_values, value[0], suffixes, slots),
+        scale,
+        causal=True,
     )
-    # Queries of suffix r meet r's own table: [groups, suffixes, window, share * size] is the padded form of `queries`.
-    padded = queries.new_zeros(groups, suffixes.num_rows, window, share, size)
-    padded[:, rows, columns] = queries.transpose(1, 2)
-    own = padded.flatten(2, 3) @ own_keys.transpose(-1, -2)
-    own = own.view(groups, suffixes.num_rows, window, share, window)[:, rows, columns]
-    future = torch.arange(window, device=own.device) > columns[:, None]
-    own = own.masked_fill(future[None, :, None], float("-inf")).transpose(1, 2)
-
-    shared = queries.flatten(1, 2) @ prefix_keys[:, :start].transpose(-1, -2)
-    scores = torch.cat([shared.view(groups, share, tokens, start), own], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-
-    attended = weights[..., :start].reshape(groups, share * tokens, start) @ prefix_values[:, :start]
-    attended = attended.view(groups, share, tokens, size)
-    padded_weights = weights.new_zeros(groups, suffixes.num_rows, window, share, window)
-    padded_weights[:, rows, columns] = weights[..., start:].transpose(1, 2)
-    from_own = (padded_weights.flatten(2, 3) @ own_values).view(groups, suffixes.num_rows, window, share, size)
-    attended = attended + from_own[:, rows, columns].transpose(1, 2)
-    return attended.reshape(heads, tokens, size).transpose(0, 1)[None].contiguous(), None
+    own_out = own_out.transpose(1, 2).reshape(groups, rows * window, share, value_size).index_select(1, slots)
+    own_total = own_total.transpose(1, 2).reshape(groups, rows * window, share).index_select(1, slots)
+    if suffixes.window_start:
+        out, total = attend(
+            queries, prefix_keys[:, : suffixes.window_start], prefix_values[:, : suffixes.window_start], scale
+        )
+        # The share of the whole softmax that falls on the window.
+        weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1)
+        own_out = torch.lerp(out.transpose(1, 2).float(), own_out.float(), weight).to(query.dtype)
+    return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size), None
 
 
-def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, rows: Tensor, columns: Tensor) -> Tensor:
-    """Keys (or values) inside the window for every suffix: [groups, suffixes, window, size]."""
-    table = prefix[:, None, suffixes.window_start : suffixes.length].repeat(1, suffixes.num_rows, 1, 1)
-    table[:, rows, columns] = own
-    return table
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of its softmax's denominator.
+
+    Args:
+        query: [batch, heads, queries, head size].
+        key: [batch, keys, head size], the same for all heads.
+        value: as `key`; its head size may differ.
+        scale: factor on the scores.
+        causal: query i sees keys up to i.
+
+    Returns:
+        [batch, heads, queries, head size] in the query's type, and [batch, heads, queries] in float32.
+    """
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        shape = (-1, query.shape[1], -1, -1)
+        # The kernel behind `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key[:, None].expand(shape), value[:, None].expand(shape), 0.0, causal, scale=scale
+        )
+        return out, total
+    return attend_plainly(query, key, value, scale, causal)
+
+
+def attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, by its definition and on any device; softmax in float32."""
+    scores = torch.matmul(query * scale, key[:, None].transpose(-1, -2)).float()
+    if causal:
+        queries, keys = scores.shape[-2:]
+        future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    total = scores.logsumexp(-1)
+    weights = scores.sub_(total.unsqueeze(-1)).exp_().to(value.dtype)
+    return torch.matmul(weights, value[:, None]), total
+
+
+def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, slots: Tensor) -> Tensor:
+    """Keys (or values) inside the window for every suffix: [groups * suffixes, window, size]."""
+    groups, _, size = prefix.shape
+    corrupted = prefix[:, None, suffixes.window_start : suffixes.length]
+    table = corrupted.expand(-1, suffixes.num_rows, -1, -1).reshape(groups, -1, size).contiguous()
+    if suffixes.num_rows == 1:
+        table = table.clone()  # one row is a view of the prefix, which must stay
+    table.index_copy_(1, slots, own)
+    return table.view(groups * suffixes.num_rows, suffixes.window, size)
 
 
 @contextmanager

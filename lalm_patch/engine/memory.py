@@ -1,0 +1,75 @@
+"""How large a pack may be: a budget becomes a number of suffix positions; running out of memory is recognised."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from lalm_patch.models import LALM
+
+GIB = 2**30
+GPU_SHARE, CPU_SHARE = 0.5, 0.25
+"""Parts of the free memory that packs take: on a CPU other programs want some too."""
+ALLOCATOR_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def tokens_within(budget: float, lalm: LALM, positions: int) -> int:
+    """Suffix positions of one pack whose activations fit into a budget, at least 1.
+
+    Args:
+        budget: bytes.
+        lalm: the model.
+        positions: length of a whole run, which attention scores grow with.
+    """
+    return max(1, int(budget // bytes_per_token(lalm, positions)))
+
+
+def bytes_per_token(lalm: LALM, positions: int) -> int:
+    """What one suffix position takes at most, an upper bound read off the decoder's shapes.
+
+    Counted are the residual stream and its copies around a layer, the queries and what attention makes of them, the
+    inside of the MLP, scores where they are written out (everywhere but on a CPU), and a row of logits in case the
+    suffix is one position long.
+    """
+    config: Any = lalm.decoder_module.config
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inside = max(
+        getattr(config, "intermediate_size", None) or 0,
+        (getattr(config, "moe_intermediate_size", None) or 0) * (getattr(config, "num_experts_per_tok", None) or 1),
+    )
+    item = torch.finfo(lalm.dtype).bits // 8
+    states = item * (8 * config.hidden_size + 8 * heads * head_size + 4 * inside)
+    scores = 0 if lalm.device.type == "cpu" else 3 * 4 * heads * positions
+    logits = 3 * 4 * config.vocab_size
+    return int(states + scores + logits)
+
+
+def free_budget(decoder: nn.Module) -> float:
+    """Bytes a pack may take when no budget is set: a share of what is free on the decoder's fullest device."""
+    devices = {parameter.device for parameter in decoder.parameters()}
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        return GPU_SHARE * min(torch.cuda.mem_get_info(device)[0] for device in gpus)
+    return CPU_SHARE * _available_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (torch has no type of its own for the latter)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATOR_MESSAGES)
+
+
+def _available_memory() -> float:
+    """Bytes of main memory that can be had: what the kernel says, or all of it where it does not say."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return float(available.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        return float(os.sysconf("SC_PHYS_PAGES") * page)
