@@ -29,6 +29,11 @@ TEMPLATE = (
 WRAPPED = TEMPLATE.replace("{{ AUDIO }}", BOS + AUDIO + EOS)  # the template writes the tags
 BARE = TEMPLATE.replace("{{ AUDIO }}", AUDIO)  # there are none, or the processor writes them
 
+PLAIN = (  # takes strings, not parts
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def tokenizer_with_audio() -> PreTrainedTokenizerFast:
     """The prompts' tokenizer, which also names its multimodal tokens."""
@@ -205,10 +210,7 @@ def save_phi4(folder: Path) -> Path:
     model.save_pretrained(folder)
     transformers.Phi4MultimodalFeatureExtractor(feature_size=16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    (folder / "chat_template.jinja").write_text(PLAIN)
     return folder
 
 
@@ -218,4 +220,9 @@ def save_generic(folder: Path, model_type: str) -> Path:
         return save_flamingo(folder, model_type)
     if model_type in ("qwen2_5_omni", "qwen3_omni_moe"):
         return save_omni(folder, model_type)
-    return {"glmasr": save_glmasr, "qwen3_asr": save_qwen3_asr, "phi4_multimodal": save_phi4}[model_type](folder)
+    others = {
+        "glmasr": save_glmasr,
+        "qwen3_asr": save_qwen3_asr,
+        "phi4_multimodal": save_phi4,
+    }
+    return others[model_type](folder)

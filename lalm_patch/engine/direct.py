@@ -75,7 +75,7 @@ class DirectEngine:
     def _logits(self, encoding: Encoding) -> Tensor:
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
-        return torch.as_tensor(logits).float()
+        return self.lalm.scaled(torch.as_tensor(logits))
 
     def _patched(self, corrupted: Encoding, intervention: Intervention, source: dict[int, Tensor]) -> Tensor:
         layers = self.lalm.layers
@@ -84,4 +84,4 @@ class DirectEngine:
                 where = list(patch.positions)
                 layers[patch.layer].output[:, where] = source[patch.layer][:, where]
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
-        return torch.as_tensor(logits).float()
+        return self.lalm.scaled(torch.as_tensor(logits))

@@ -100,6 +100,10 @@ class Family(ABC):
         """Which positions hold audio embeddings: bool [positions]."""
         return inputs["input_ids"][0].eq(module.config.audio_token_id)
 
+    def logit_scale(self, module: PreTrainedModel) -> float:
+        """What the class's logits have to be multiplied with to be those of the trained model."""
+        return 1.0
+
     def roles(self, inputs: dict[str, torch.Tensor], prompt: Prompt, layout: str) -> tuple[str, ...] | None:
         """Role of every position, where the family built the prompt from pieces; None to find them in the text."""
         return None

@@ -34,18 +34,25 @@ class Architecture:
         audio_in_text: the template takes plain strings: the placeholder is put before the question by hand.
         audio_only: processor class to build from the feature extractor and the tokenizer alone, so that packages for
             images and video are not needed.
-        adapter: folder inside the checkpoint with LoRA weights that belong to audio; loaded where it is there.
+        adapter: folder inside the checkpoint with LoRA weights that belong to audio; "." for weights that transformers
+            loads by itself, but switches on in generate() only.
+        logit_divisor: setting of the decoder's config by which its own class divides logits, and the audio model's
+            class, which has a head of its own, forgets to.
     """
 
     model_class: str
     audio_in_text: bool = False
     audio_only: str | None = None
     adapter: str | None = None
+    logit_divisor: str | None = None
 
 
 ARCHITECTURES = {
     "audioflamingo3": Architecture("AudioFlamingo3ForConditionalGeneration"),
     "musicflamingo": Architecture("MusicFlamingoForConditionalGeneration"),
+    "granite_speech": Architecture(
+        "GraniteSpeechForConditionalGeneration", audio_in_text=True, adapter=".", logit_divisor="logits_scaling"
+    ),
     "glmasr": Architecture("GlmAsrForConditionalGeneration"),
     "qwen3_asr": Architecture("Qwen3ASRForConditionalGeneration"),
     "qwen2_5_omni": Architecture("Qwen2_5OmniThinkerForConditionalGeneration", audio_only="Qwen2_5OmniProcessor"),
@@ -62,8 +69,6 @@ _ENCODER_DECODER = "it is an encoder-decoder: sound enters every decoder layer b
 REFUSED = {
     "gemma3n": "its decoder layers carry four parallel streams [4, batch, positions, hidden], not one residual stream",
     "gemma4": "its upper decoder layers read the keys and values of a lower one, past the residual stream",
-    "granite_speech": "its transformers class leaves out the scaling of the logits, and outside generate() the LoRA "
-    "weights for audio, so its probabilities are not the trained model's",
     "voxtral_realtime": _STREAMING,
     "kyutai_speech_to_text": _STREAMING,
     "moshi": _STREAMING,
@@ -102,12 +107,7 @@ class Generic(Family):
                 f"{folder}: {len(missing)} weights of {architecture.model_class} are not in the checkpoint, the first "
                 f"is {missing[0]}; expected a complete checkpoint in transformers' own layout"
             )
-        if architecture.adapter and (folder / architecture.adapter).is_dir():
-            if not is_peft_available():
-                raise ModelError(
-                    f"{folder}: its audio needs the LoRA weights in {architecture.adapter}: pip install peft"
-                )
-            module.load_adapter(str(folder / architecture.adapter))
+        _hear_with_adapter(module, folder, architecture.adapter)
         return module, family
 
     @classmethod
@@ -172,6 +172,11 @@ class Generic(Family):
             raise ModelError(f"{type(module).__name__}: its config names no audio token id (looked for {names})")
         return inputs["input_ids"][0].eq(known)
 
+    def logit_scale(self, module: PreTrainedModel) -> float:
+        """One over the architecture's divisor."""
+        name = self.architecture.logit_divisor
+        return 1.0 if name is None else 1.0 / float(getattr(module.config.get_text_config(), name))
+
     def _text(self, prompt: Prompt) -> str:
         content: Any = [{"type": "audio", "audio": "clip"}, {"type": "text", "text": prompt.text}]
         if self.architecture.audio_in_text:
@@ -184,6 +189,18 @@ class Generic(Family):
         """Without this a tokenizer that adds its own begin-of-text token would double the template's."""
         bos = self.tokenizer.bos_token
         return {"add_special_tokens": not (bos and text.startswith(bos))}
+
+
+def _hear_with_adapter(module: PreTrainedModel, folder: Path, adapter: str | None) -> None:
+    """Switch on the LoRA weights that belong to audio: without them the model runs, and hears worse than trained."""
+    if adapter is None or not (folder / adapter / "adapter_config.json").is_file():
+        return
+    if not is_peft_available():
+        raise ModelError(f"{folder}: its audio needs the LoRA weights in {adapter}: pip install peft")
+    if adapter == ".":
+        module.enable_adapters()
+    else:
+        module.load_adapter(str(folder / adapter))
 
 
 def _processor(folder: Path, architecture: Architecture) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,13 @@ class LALM:
         self.family = family
         self.id = id
         self.commit = commit
-        self.traced = nnsight.NNsight(self.module)
+        with warnings.catch_warnings():
+            # A submodule called `output` (BERT's) is renamed, `.output` stays the module's output: what is read here.
+            warnings.filterwarnings("ignore", message="Module '.*' has a submodule named")
+            self.traced = nnsight.NNsight(self.module)
         decoder = _role(module, "get_decoder", "a decoder")
         self.decoder_module: nn.Module = decoder
+        self._logit_scale = family.logit_scale(module)
         self._head: nn.Linear = _role(module, "get_output_embeddings", "output embeddings")
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
             raise ModelError(
@@ -188,9 +193,15 @@ class LALM:
     def logits(self, states: Tensor) -> Tensor:
         """Logits [rows, vocabulary] in float32 of normed last-layer states [rows, hidden]."""
         with torch.no_grad():
-            logits: Tensor = self._head(states.to(self._head.weight.device)).float()
+            logits: Tensor = self._head(states.to(self._head.weight.device))
             softcap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
-            return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+            if softcap is not None:
+                logits = torch.tanh(logits.float() / softcap) * softcap
+        return self.scaled(logits)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """The trained model's logits in float32, from those that the model's class returns."""
+        return logits.float() * self._logit_scale
 
     # --- inside ------------------------------------------------------------------------------------------------
 

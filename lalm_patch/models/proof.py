@@ -64,7 +64,7 @@ def _difference(first: Tensor, second: Tensor) -> float:
 def _whole_logits(lalm: LALM, encoding: Encoding) -> Tensor:
     with torch.no_grad(), lalm.traced.trace(**encoding.inputs):
         logits = lalm.traced.output.logits[:, -1].clone().save()
-    return torch.as_tensor(logits).float()
+    return lalm.scaled(torch.as_tensor(logits))
 
 
 def _decoder_logits(lalm: LALM, encoding: Encoding) -> tuple[Tensor, list[int]]:
@@ -83,4 +83,4 @@ def _restore_all(lalm: LALM, pair: Pair, layer: int) -> Tensor:
     with torch.no_grad(), lalm.traced.trace(**pair.silence.inputs):
         lalm.layers[layer].output[:] = state
         logits = lalm.traced.output.logits[:, -1].clone().save()
-    return torch.as_tensor(logits).float()
+    return lalm.scaled(torch.as_tensor(logits))
