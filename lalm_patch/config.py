@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
 from lalm_patch.settings import CHOICES, RunSettings
+from lalm_patch.shards import Shard
 
 
 def config_folder() -> Path:
@@ -32,6 +33,7 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it twice is harmless."""
     ConfigStore.instance().store(name="run_schema", node=RunSettings)
     OmegaConf.register_new_resolver("lalm_patch.run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("lalm_patch.run_folder", _run_folder, replace=True)
 
 
 def compose(*overrides: str) -> RunSettings:
@@ -81,6 +83,12 @@ def run_name(settings: RunSettings) -> str:
 
 def _run_name(*, _root_: DictConfig) -> str:
     return run_name(_typed(_root_, leave_out=("run_name",)))
+
+
+def _run_folder(*, _root_: DictConfig) -> str:
+    """Where a run's process works, below `outputs`: the run's folder, or its shard's inside it."""
+    name = str(_root_.run_name)
+    return name if _root_.shard is None else f"{name}/{Shard.parse(str(_root_.shard)).name}"
 
 
 def _typed(config: DictConfig, leave_out: tuple[str, ...] = ()) -> RunSettings:

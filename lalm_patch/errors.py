@@ -6,7 +6,8 @@
     │   └── AudioError          one clip: names the file and the reason
     ├── ModelError              a checkpoint that cannot be found, opened or traced
     ├── CheckError              a run's own check failed: its numbers would not mean what they say
-    └── StoreError              a run folder that is in use, damaged, or belongs to other settings
+    └── StoreError              a run folder that is damaged, or belongs to other settings
+        └── BusyError           another process has the run folder
 
 The command line prints these without a traceback and exits with status 1. Anything else that is raised
 is a defect of the package and keeps its traceback.
@@ -41,3 +42,7 @@ class CheckError(LalmPatchError):
 
 class StoreError(LalmPatchError):
     """A run folder that is in use by another process, damaged, or made with other settings."""
+
+
+class BusyError(StoreError):
+    """A run folder that another process has; nothing is wrong with the run."""

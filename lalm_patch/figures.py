@@ -20,7 +20,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from lalm_patch.analysis import mean_recovery, planted_window, run_settings, segments, why_none_counts
-from lalm_patch.journal import storage_error
+from lalm_patch.journal import replace_file, storage_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def plot_run(dataset: xr.Dataset, folder: Path) -> list[Path]:
         }
     for path, content in files.items():
         try:
-            path.write_bytes(content)
+            replace_file(path, content)
         except OSError as error:
             raise storage_error(error, path, "writing the figure") from error
     return list(files)

@@ -101,14 +101,7 @@ class Journal:
         body = _body(self._read_at(entry.start, entry.end - entry.start), 0)
         if body is None:
             raise StoreError(f"{self.path}: the record of {key!r} was altered while the file was open")
-        header, position = _header(body)
-        arrays: dict[str, Array] = {}
-        for name, dtype, shape in header["arrays"]:
-            count = int(np.prod(shape, dtype=np.int64))
-            # A copy: frombuffer is read-only, and would keep the whole record alive for one of its arrays.
-            arrays[name] = np.frombuffer(body, dtype, count, position).reshape(shape).copy()
-            position += arrays[name].nbytes
-        return header["meta"], arrays
+        return _content(body)
 
     def close(self) -> None:
         """Free the file; closing twice is allowed."""
@@ -211,6 +204,27 @@ class Journal:
 _NO_REPAIR = "Nothing was changed. Put back an intact copy of the file, or remove the folder to start over."
 
 
+def snapshot(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[dict[str, Any], dict[str, Array]]]]:
+    """The head and the whole records (meta and arrays by key) of a journal that another process may be writing.
+
+    Nothing is changed; what is not whole is left out. The head is None, and there are no records, where there is no
+    journal yet.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None, {}
+    head: dict[str, Any] | None = None
+    found: dict[str, tuple[dict[str, Any], dict[str, Array]]] = {}
+    for start, _, body in _records(data):
+        header, _ = _header(body)
+        if start == 0 and "head" in header:
+            head = header["head"]
+        elif "key" in header:
+            found[header["key"]] = _content(body)
+    return head, found if head is not None else {}
+
+
 def salvage(path: Path) -> int:
     """Rewrite a damaged journal with its whole records only; the damaged file is kept beside it as `*.damaged`.
 
@@ -264,6 +278,17 @@ def write_file(path: Path, data: bytes, *, fsync: bool = True) -> None:
         os.close(fd)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a whole file beside and rename it: at `path` there is the old content or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        write_file(beside, data)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Make creations, renames and removals in `folder` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
@@ -310,6 +335,18 @@ def _header(body: bytes) -> tuple[dict[str, Any], int]:
     end = _HEADER_LENGTH.size + length
     header: dict[str, Any] = load_json(body[_HEADER_LENGTH.size : end])
     return header, end
+
+
+def _content(body: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Meta and arrays of a whole record."""
+    header, position = _header(body)
+    arrays: dict[str, Array] = {}
+    for name, dtype, shape in header["arrays"]:
+        count = int(np.prod(shape, dtype=np.int64))
+        # A copy: frombuffer is read-only, and would keep the whole record alive for one of its arrays.
+        arrays[name] = np.frombuffer(body, dtype, count, position).reshape(shape).copy()
+        position += arrays[name].nbytes
+    return header["meta"], arrays
 
 
 def _digest(body: bytes) -> bytes:

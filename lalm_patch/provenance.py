@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +87,7 @@ def describe(settings: RunSettings, command: str) -> dict[str, Any]:
         "method": "activation patching, clean states into the corrupted run; Chen, Huang and Lee, arXiv 2603.13768",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "settings": json.dumps(asdict(settings), sort_keys=True),
+        "settings": json.dumps(asdict(replace(settings, shard=None)), sort_keys=True),
         "lalm_patch_version": package_version(),
         "git_revision": git_revision(),
         "versions": json.dumps({"python": platform.python_version(), **library_versions()}),

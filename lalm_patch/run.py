@@ -15,7 +15,7 @@ import xarray as xr
 
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
-from lalm_patch.errors import AudioError, ConfigError, DataError
+from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
 from lalm_patch.figures import plot_run
 from lalm_patch.metrics import Exclusion
 from lalm_patch.models.checkpoint import find_checkpoint
@@ -23,8 +23,9 @@ from lalm_patch.progress import Progress
 from lalm_patch.provenance import describe, identity
 from lalm_patch.results import build_dataset
 from lalm_patch.settings import RunSettings
+from lalm_patch.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
-from lalm_patch.store import RESULT, RunStore
+from lalm_patch.store import RESULT, RunStore, is_finished
 from lalm_patch.summary import summary
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ class RunOutcome:
     """What a run left behind.
 
     Attributes:
-        dataset: the result.
+        dataset: the result; None of a shard that other shards still have to complete.
         files: the result's file and the figures.
         summary: a page of text for the terminal.
     """
 
-    dataset: xr.Dataset
+    dataset: xr.Dataset | None
     files: tuple[Path, ...]
     summary: str
 
@@ -55,8 +56,12 @@ def trace(*overrides: str) -> RunOutcome:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
     settings = compose(*overrides)
-    command = shlex.join(["python", "-m", "lalm_patch", *overrides])
-    return run(settings, Path(settings.outputs) / settings.run_name, command)
+    return run(settings, Path(settings.outputs) / settings.run_name, run_command(overrides))
+
+
+def run_command(overrides: Sequence[str]) -> str:
+    """The command line of one run."""
+    return shlex.join(["python", "-m", "lalm_patch", *overrides])
 
 
 def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
@@ -64,30 +69,94 @@ def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
 
     Args:
         settings: what to run.
-        folder: the run's own folder; created if needed.
+        folder: the run's own folder, also of a shard; created if needed.
         command: how the run was started, stored with the result.
 
     Raises:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
-    started = time.monotonic()
+    work = _Work(settings, folder, command)
+    if settings.shard is None:
+        return work.complete()
+    return work.shard(Shard.parse(settings.shard))
+
+
+def run_identity(settings: RunSettings) -> dict[str, str]:
+    """What a run's folder is compared with: settings, clips, weights, versions.
+
+    Raises:
+        LalmPatchError: the clips or the checkpoint cannot be found.
+    """
     attribute = _attribute(settings)
-    records = load_records(settings, attribute)
-    unusable = _unusable(records, settings)
+    return _identity(settings, load_records(settings, attribute))
+
+
+def _identity(settings: RunSettings, records: Sequence[Record]) -> dict[str, str]:
     checkpoint = find_checkpoint(settings.model)
-    this_run = identity(settings, data_fingerprint(records), checkpoint.revision)
-    with RunStore(folder, this_run) as store:
-        if store.finished:
-            log.info("this run is finished; its result is shown again")
+    return identity(settings, data_fingerprint(records), checkpoint.revision)
+
+
+class _Work:
+    """A run or a shard of it: what both need."""
+
+    def __init__(self, settings: RunSettings, folder: Path, command: str) -> None:
+        self.started = time.monotonic()
+        self.settings, self.folder, self.command = settings, folder, command
+        self.attribute = _attribute(settings)
+        self.records = load_records(settings, self.attribute)
+        self.identity = _identity(settings, self.records)
+        self.tracer: Tracer | None = None
+
+    def complete(self) -> RunOutcome:
+        """Everything that is missing, then the result."""
+        unusable = _unusable(self.records, len(self.records), self.settings)
+        with RunStore(self.folder, self.identity) as store:
+            if store.finished:
+                log.info("this run is finished; its result is shown again")
+            else:
+                if taken := sum(store.absorb(folder) for folder in shard_folders(self.folder)):
+                    log.info("taken over from shards: %d samples", taken)
+                self._trace(store, self.records, unusable, self.settings.engine.spot_checks)
+                self._finalise(store)
+            remove_journals(self.folder)
             dataset = store.load()
+        files = (self.folder / RESULT, *plot_run(dataset, self.folder))
+        return RunOutcome(dataset, files, summary(dataset, files))
+
+    def shard(self, shard: Shard) -> RunOutcome:
+        """The shard's clips; and the result, if no other clips are missing then."""
+        if is_finished(self.folder, self.identity):
+            return self.complete()
+        own, folder = shard.select(self.records), shard.folder(self.folder)
+        with RunStore(folder, self.identity) as store:
+            elsewhere = stored_elsewhere(self.folder, self.identity, but=folder)
+            todo = [record for record in own if record.id not in elsewhere]
+            if {record.id for record in todo} - store.completed():
+                unusable = _unusable(todo, len(self.records), self.settings)
+                self._trace(store, todo, unusable, shard.share(self.settings.engine.spot_checks))
+            mark_complete(folder, self.identity, len(own))
+        stored = stored_elsewhere(self.folder, self.identity)
+        if missing := sum(record.id not in stored for record in self.records):
+            text = f"{missing} of the run's {len(self.records)} clips are left to other shards; the last one merges"
         else:
-            tracer = _trace_all(store, settings, attribute, records, unusable)
-            dataset = _dataset(store, tracer, records, {**describe(settings, command), **_about_model(tracer)})
-            dataset.attrs["seconds_of_last_process"] = round(time.monotonic() - started, 1)
-            store.finalise(dataset)
-            dataset = store.load()
-    files = (folder / RESULT, *plot_run(dataset, folder))
-    return RunOutcome(dataset, files, summary(dataset, files))
+            try:
+                return self.complete()
+            except BusyError as error:
+                text = f"not merged here, because {error} It merges, or the same command does later."
+        return RunOutcome(None, (), f"shard {shard.index}/{shard.count}: its {len(own)} clips are stored; {text}")
+
+    def _trace(self, store: RunStore, records: Sequence[Record], unusable: dict[str, str], spot_checks: int) -> None:
+        if self.tracer is None:
+            self.tracer = _open_model(self.settings, self.attribute)
+            enforce(self.tracer.checks, self.settings.on_failed_check)
+        _trace_all(store, self.settings, self.tracer, records, unusable, spot_checks, len(self.records))
+
+    def _finalise(self, store: RunStore) -> None:
+        assert self.tracer is not None
+        attributes = {**describe(self.settings, self.command), **_about_model(self.tracer)}
+        dataset = _dataset(store, self.tracer, self.records, attributes)
+        dataset.attrs["seconds_of_last_process"] = round(time.monotonic() - self.started, 1)
+        store.finalise(dataset)
 
 
 def dry_run(settings: RunSettings) -> str:
@@ -129,10 +198,10 @@ def _attribute(settings: RunSettings) -> Attribute:
     return Attribute(attr.name, attr.question, tuple(attr.options), attr.response, attr.folder)
 
 
-def _unusable(records: Sequence[Record], settings: RunSettings) -> dict[str, str]:
-    """Clips that must not be used, with reasons, found before anything is computed."""
+def _unusable(records: Sequence[Record], total: int, settings: RunSettings) -> dict[str, str]:
+    """Clips that must not be used, with reasons, found before anything is computed; `total` clips has the run."""
     failures = {record.id: str(error) for record, error in check_records(records, max_seconds=None)}
-    _report_unusable(failures, len(records), settings)
+    _report_unusable(failures, total, settings)
     return failures
 
 
@@ -154,18 +223,18 @@ def _report_unusable(failures: dict[str, str], total: int, settings: RunSettings
 def _trace_all(
     store: RunStore,
     settings: RunSettings,
-    attribute: Attribute,
+    tracer: Tracer,
     records: Sequence[Record],
     unusable: dict[str, str],
-) -> Tracer:
+    spot_checks: int,
+    total: int,
+) -> None:
     """Trace every sample the store does not have yet."""
     done = store.completed()
     todo = [record for record in records if record.id not in done]
     if done:
         log.info("going on: %d of %d samples are stored already", len(records) - len(todo), len(records))
-    tracer = _open_model(settings, attribute)
-    enforce(tracer.checks, settings.on_failed_check)
-    unusable = unusable | _too_long(todo, tracer, unusable, len(records), settings)
+    unusable = unusable | _too_long(todo, tracer, unusable, total, settings)
     spot_checked = sum(int(store.sample(id).meta.get("spot_checked_cells", 0)) for id in done)
     title = f"{settings.model.name} {settings.attr.name} {settings.granularity.name}"
     with Progress(len(todo) * tracer.cells_per_sample, title) as progress:
@@ -174,12 +243,11 @@ def _trace_all(
                 progress.drop(tracer.cells_per_sample)
                 store.add(record.id, {}, _unusable_meta(record, unusable[record.id]))
                 continue
-            wanted = spot_checked < settings.engine.spot_checks
+            wanted = spot_checked < spot_checks
             trace = tracer.trace(record, record.waveform(None), wanted, progress)
             spot_checked += int(trace.meta.get("spot_checked_cells", 0))
             enforce([Check(**check) for check in trace.meta.get("checks", [])], settings.on_failed_check)
             store.add(record.id, trace.arrays, trace.meta)
-    return tracer
 
 
 def _open_model(settings: RunSettings, attribute: Attribute) -> Tracer:

@@ -141,6 +141,8 @@ class RunSettings:
         seed: seed of the spot checks and of the bootstrap.
         on_failed_check: stop, or warn (store the failed check and go on).
         threads: CPU threads for torch; null leaves torch's choice.
+        shard: null for all clips, or `i/n`: this process does part i (from 1) of the clips, dealt to n processes that may
+            run at once; the last one to end writes the run's result.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -157,6 +159,7 @@ class RunSettings:
     seed: int = 0
     on_failed_check: str = "stop"
     threads: int | None = None
+    shard: str | None = None
 
 
 # Settings that say where or how fast a run computes, not what: changing them keeps the run's folder.
@@ -165,6 +168,7 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "run_name",
     "dry_run",
     "threads",
+    "shard",
     "on_failed_check",
     "model.device",
     "model.device_map",

@@ -24,13 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from lalm_patch.errors import StoreError
+from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.journal import (
     Array,
     Journal,
     dump_json,
     load_json,
     salvage,
+    snapshot,
     storage_error,
     sync_folder,
     write_file,
@@ -64,7 +65,7 @@ class RunStore:
     It is stored with the first byte and compared at every start. With `fsync` a stored sample also survives
     a power failure; without, only the end of the process.
 
-    Raises StoreError if another process has the folder, if it holds a run of another identity (named entry by
+    Raises BusyError if another process has the folder, StoreError if it holds a run of another identity (named entry by
     entry), or if what it holds is damaged. Nothing is ever overwritten or dropped on the way.
     """
 
@@ -88,7 +89,7 @@ class RunStore:
         for name in (RESULT, RECEIPT):
             (self.folder / _BESIDE.format(name)).unlink(missing_ok=True)
         journal = self.folder / JOURNAL
-        self._receipt = _read_receipt(self.folder)
+        self._receipt = read_receipt(self.folder)
         if self._receipt is not None:
             self._compare(self._receipt["identity"], "a finished run")
             _verify(self.folder / RESULT, self._receipt)
@@ -135,6 +136,19 @@ class RunStore:
         is stored already, TypeError for what cannot be stored, StoreError if the disk refuses.
         """
         self._running().append(sample_id, meta, arrays)
+
+    def absorb(self, folder: Path) -> int:
+        """Take over the samples that the unfinished run in another folder has stored so far, and return how many.
+
+        The other folder is only read, also while its own process writes; samples stored here already are left alone.
+        Raises StoreError if that run is of another identity.
+        """
+        taken = 0
+        for sample_id, record in peek(folder, self.identity).items():
+            if sample_id not in self._running().entries:
+                self.add(sample_id, record.arrays, record.meta)
+                taken += 1
+        return taken
 
     def finalise(self, dataset: xr.Dataset) -> Path:
         """Store the run's dataset, made storable by `sanitise`, remove the journal and return the path of the result.
@@ -220,7 +234,7 @@ def open_result(path: Path | str) -> xr.Dataset:
     folder = path if path.is_dir() else path.parent
     result = path / RESULT if path.is_dir() else path
     with _explained(path, "reading the result"):
-        receipt = _read_receipt(folder)
+        receipt = read_receipt(folder)
         if receipt is not None:
             return _load(result, receipt)
         if (folder / JOURNAL).exists():
@@ -239,8 +253,24 @@ def is_finished(folder: Path | str, identity: Mapping[str, str]) -> bool:
     For schedulers that leave finished runs out. Raises StoreError if the receipt was altered.
     """
     with _explained(Path(folder), "reading the receipt"):
-        receipt = _read_receipt(Path(folder))
+        receipt = read_receipt(Path(folder))
         return receipt is not None and receipt["identity"] == dict(identity) and (Path(folder) / RESULT).exists()
+
+
+def peek(folder: Path | str, identity: Mapping[str, str]) -> dict[str, SampleRecord]:
+    """What an unfinished run has stored so far, by sample id, without its lock: its process may go on writing.
+
+    Raises StoreError if it is a run of another identity. Damage is for the folder's own process to report.
+    """
+    folder = Path(folder)
+    with _explained(folder, "reading the journal"):
+        head, records = snapshot(folder / JOURNAL)
+    if head is not None and (differing := _differences(head["identity"], identity)):
+        raise StoreError(
+            f"{folder} holds {len(records)} samples made with other settings ({differing}). "
+            "Remove it, or go back to the old setting."
+        )
+    return {key: SampleRecord(key, arrays, meta) for key, (meta, arrays) in records.items()}
 
 
 def repair(folder: Path | str) -> int:
@@ -267,7 +297,7 @@ def _lock(folder: Path) -> int:
     except (BlockingIOError, PermissionError):
         holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
-        raise StoreError(
+        raise BusyError(
             f"{folder} is in use by another process ({holder}). Wait for it, stop it, or give another folder."
         ) from None
     except OSError as error:
@@ -279,7 +309,8 @@ def _lock(folder: Path) -> int:
     return fd
 
 
-def _read_receipt(folder: Path) -> dict[str, Any] | None:
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """Size, SHA-256, identity and sample ids of a finished run; None where none is. Raises StoreError if altered."""
     path = folder / RECEIPT
     try:
         data = path.read_bytes()

@@ -1,0 +1,160 @@
+"""Sweeps: which runs are submitted, where, and how their end is noticed.
+
+Hydra finds launchers in the namespace `hydra_plugins` only; the classes there are the ones below under a name it accepts.
+A launcher here plans the sweep, leaves out what is finished, hands the rest to Hydra's own launcher of that kind and takes
+the outcome from the run folders: what a scheduler says about a job is not what became of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from lalm_patch.config import register, to_settings
+from lalm_patch.errors import LalmPatchError
+from lalm_patch.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, status
+from lalm_patch.shards import run_folder_of
+from lalm_patch.store import is_finished
+
+log = logging.getLogger(__name__)
+
+sweep: list[SweepRun] = []
+"""The runs of this process's sweep so far, for the summary at its end: Hydra hands launchers nothing to report to."""
+
+
+class SweepLauncher(Launcher):  # type: ignore[misc]
+    """What all launchers share: plan, leave out, launch, report.
+
+    Args:
+        parameters: settings of the launcher that does the work.
+    """
+
+    def __init__(self, **parameters: Any) -> None:
+        self.parameters = parameters
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Launch the runs that are not finished; called by Hydra once per batch.
+
+        What failed is in the run's folder and in the summary: an error in what is returned here would make Hydra stop.
+        """
+        plan = [self._planned(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        first_of = {run.folder: i for i, run in reversed(list(enumerate(plan)))}
+        sweep.extend(plan[i] for i in sorted(first_of.values()))
+        todo = [i for i in sorted(first_of.values()) if not plan[i].before]
+        log.info("%d of %d runs to do; %d finished before", len(todo), len(first_of), len(first_of) - len(todo))
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        if todo:
+            self.submit([plan[i] for i in todo], [list(job_overrides[i]) for i in todo], initial_job_idx)
+        return [_nothing_to_raise(overrides) for overrides in job_overrides]
+
+    def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
+        """Carry out `runs` and return when they ended, well or not."""
+        raise NotImplementedError
+
+    def _planned(self, overrides: Sequence[str], number: int) -> SweepRun:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.num, config.hydra.job.id = number, str(number)
+        folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
+        run = SweepRun(tuple(filter_overrides(overrides)), folder)
+        return replace(run, before=_finished_before(config, folder))
+
+
+def _nothing_to_raise(overrides: Sequence[str]) -> JobReturn:
+    done = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+    done.return_value = None
+    return done
+
+
+def _finished_before(config: DictConfig, folder: Path) -> bool:
+    """Whether the very run is finished: same settings, clips, weights and versions, its figure drawn."""
+    run = run_folder_of(folder)
+    if status(run).state is not State.FINISHED or not (run / LAST_FIGURE_FILE).exists():
+        return False
+    from lalm_patch.run import run_identity
+
+    try:
+        return is_finished(run, run_identity(to_settings(config)))
+    except LalmPatchError as error:
+        log.info("%s: to be looked at again, because %s", run.name, error)
+        return False
+
+
+class LocalSweep(SweepLauncher):
+    """One run after another in this process; right for one GPU."""
+
+    def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
+        """See `SweepLauncher`."""
+        from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+        self._hand_over(BasicLauncher(), overrides, first)
+
+    def _hand_over(self, launcher: Launcher, overrides: list[list[str]], first: int) -> None:
+        launcher.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
+        launcher.launch(overrides, first)
+
+
+class JoblibSweep(LocalSweep):
+    """Several processes on this machine; right for a few CPU cores.
+
+    A killed worker (out of memory) breaks joblib's pool and with it every other run. Those are started again as
+    long as every round gets further; the runs that always die are left for the summary.
+    """
+
+    def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
+        """See `SweepLauncher`."""
+        try:
+            from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+            from joblib.externals.loky.process_executor import BrokenProcessPool
+        except ImportError:
+            sys.exit("error: this launcher needs another package: pip install 'lalm_patch[joblib]'")
+        remaining = list(zip(runs, overrides, strict=True))
+        while remaining:
+            try:
+                self._hand_over(JoblibLauncher(**self.parameters), [given for _, given in remaining], first)
+                return
+            except BrokenProcessPool as error:
+                log.warning("a worker process was killed, and the pool with it: %s", " ".join(str(error).split()))
+            undone = [(run, given) for run, given in remaining if status(run.folder).state not in (*DONE, State.FAILED)]
+            if len(undone) == len(remaining):
+                log.error("no run got to its end in this round; %d are left as they are", len(undone))
+                return
+            log.info("%d runs are started again", len(undone))
+            remaining = undone
+
+
+class SlurmJob:
+    """What a Slurm job carries out: one run, by the launcher plugin's own code.
+
+    Args:
+        launcher: hydra-submitit-launcher's, set up.
+    """
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+
+    def __call__(self, folder: str, *arguments: Any) -> None:
+        """Exits with 1 if the run is not done afterwards, so that Slurm calls the job failed and not completed."""
+        register()
+        self.launcher(*arguments)
+        if status(Path(folder)).state not in DONE:
+            sys.exit(1)
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """Called before a requeue (preemption, time limit): the same again, the run goes on from what it stored."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
