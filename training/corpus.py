@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import soundfile
 
 from training.animals import ANIMALS, call
 from training.sentences import EVALUATION_SENTENCES, SENTENCES
-from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, add_noise, other_throat, speak
+from training.speech import EMOTIONS, LANGUAGES, SAMPLING_RATE, VARIANTS, add_noise, other_throat, speak, throats
 from training.words import phrase
 
 MAX_SECONDS = 4.5
@@ -64,7 +64,10 @@ def speech_clip(part: str, rng: np.random.Generator, **fixed: str) -> Clip:
     language = fixed.get("language") or str(rng.choice(list(LANGUAGES)))
     gender = fixed.get("gender") or str(rng.choice(["male", "female"]))
     emotion = fixed.get("emotion") or str(rng.choice(list(EMOTIONS)))
-    variant = str(rng.choice(VARIANTS[part][gender]))
+    variants: Sequence[str] = VARIANTS[part][gender]
+    if part == "train" and rng.random() < 0.6:
+        variants = list(throats()[gender])
+    variant = str(rng.choice(variants))
     while True:
         text = training_text(language, rng) if part == "train" else str(rng.choice(sentences(language, part)))
         waveform = speak(text, language, gender, variant, emotion, rng)

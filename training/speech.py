@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import espeakng_loader
 import numpy as np
@@ -12,6 +15,7 @@ import soxr
 from scipy import signal
 
 SAMPLING_RATE = 16_000
+THROATS = 40  # random voices of each gender, for training only
 LANGUAGES = {
     "English": ("en", "en-us", "en-gb-scotland"),
     "German": ("de",),
@@ -70,7 +74,8 @@ class Synthesiser:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        path = espeakng_loader.get_data_path()
+        self._data = TemporaryDirectory()
+        path = with_throats(Path(espeakng_loader.get_data_path()), Path(self._data.name))
         self._rate = self._library.espeak_Initialize(_RETRIEVAL, 0, str(path).encode(), 0)
         if self._rate <= 0:
             raise RuntimeError(f"espeak-ng does not start with the data in {path}")
@@ -97,6 +102,54 @@ class Synthesiser:
         self._library.espeak_Synchronize()
         samples = np.concatenate(self._chunks).astype(np.float32) / 32768
         return np.asarray(soxr.resample(samples, self._rate, SAMPLING_RATE), np.float32)
+
+
+@cache
+def throats() -> dict[str, dict[str, str]]:
+    """Voice variants of random throats, by gender and name: the lines of their files.
+
+    The library's own women differ little in their formants and its men in their pitch. A model that has heard only
+    those takes an unusual voice for the other gender.
+    """
+    rng = np.random.default_rng(0)
+    ranges = {"female": ((145, 210), (93, 118)), "male": ((60, 92), (84, 104))}  # Hz; per cent of espeak's formants
+    made: dict[str, dict[str, str]] = {}
+    for gender, (pitches, formants) in ranges.items():
+        made[gender] = {}
+        for number in range(THROATS):
+            low, scale = rng.uniform(*pitches), rng.uniform(*formants)
+            lines = [
+                "language variant",
+                f"name {gender}{number}",
+                f"gender {gender}",
+                f"pitch {low:.0f} {low * rng.uniform(1.25, 1.6):.0f}",
+                f"flutter {rng.integers(2, 9)}",
+                f"roughness {rng.integers(0, 3)}",
+                f"voicing {rng.uniform(30, 150):.0f}",
+                f"intonation {rng.integers(1, 11)}",
+            ]
+            for index in range(6):
+                width, height = rng.uniform(75, 150, 2)
+                lines.append(f"formant {index} {scale + rng.normal(0, 4):.0f} {height:.0f} {width:.0f}")
+            if rng.random() < 0.5:
+                levels = rng.integers((200, 60, 20, 50, 10), (256, 160, 110, 110, 70))
+                tone = zip((100, 600, 1200, 2000, 3000), levels, strict=True)
+                lines.append("tone " + " ".join(f"{frequency} {level}" for frequency, level in tone))
+            made[gender][f"throat_{gender}{number}"] = "\n".join(lines) + "\n"
+    return made
+
+
+def with_throats(data: Path, folder: Path) -> Path:
+    """espeak-ng's data in another folder, by links, with the throats among its voice variants."""
+    copy = folder / "espeak-ng-data"
+    shutil.copytree(data / "voices", copy / "voices")
+    for entry in data.iterdir():
+        if entry.name != "voices":
+            (copy / entry.name).symlink_to(entry)
+    for files in throats().values():
+        for name, text in files.items():
+            (copy / "voices" / "!v" / name).write_text(text)
+    return copy
 
 
 @cache
