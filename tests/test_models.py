@@ -145,6 +145,7 @@ def test_replay_is_refused_where_the_decoder_does_something_else(
     config = lalm.decoder_module.config
     config.use_sliding_window, config.sliding_window = True, 16
     config.layer_types = ["sliding_attention"] * len(config.layer_types)
+    lalm.decoder_module.has_sliding_layers = True
     engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-5)
     assert isinstance(engine, DirectEngine)
     assert "sliding_attention" in caplog.text
