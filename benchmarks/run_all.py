@@ -105,6 +105,7 @@ def draw(results: dict[str, dict[str, object]]) -> None:
     growth.legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=150)
+    plt.close(figure)
 
 
 def _tables(result: dict[str, object]) -> list[Table]:
