@@ -155,14 +155,17 @@ def attend_plainly(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, by its definition and on any device; softmax in float32."""
-    scores = torch.matmul(query * scale, key[:, None].transpose(-1, -2)).float()
+    batch, heads, queries, size = query.shape
+    keys = key.shape[1]
+    # Heads are stacked along the queries, so that the keys they share are read once and not repeated.
+    scores = torch.bmm((query * scale).reshape(batch, heads * queries, size), key.transpose(1, 2)).float()
+    scores = scores.view(batch, heads, queries, keys)
     if causal:
-        queries, keys = scores.shape[-2:]
         future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
     total = scores.logsumexp(-1)
     weights = scores.sub_(total.unsqueeze(-1)).exp_().to(value.dtype)
-    return torch.matmul(weights, value[:, None]), total
+    return torch.bmm(weights.view(batch, heads * queries, keys), value).view(batch, heads, queries, -1), total
 
 
 def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, slots: Tensor) -> Tensor:
