@@ -7,14 +7,17 @@ import offline  # noqa: F401  (before the libraries that read it)
 
 # isort: on
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from native_checkpoints import DestaFiles, save_desta2, save_desta25, save_qwen_audio
 from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
 from lalm_patch.models import LALM
+from lalm_patch.models.native import load_desta2, load_desta25, load_qwen_audio
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt
 
@@ -77,6 +80,42 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def lalm(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> LALM:
     """A random tiny model of each architecture."""
     return load(checkpoints[request.param], request.param)
+
+
+@pytest.fixture(scope="session")
+def desta2_files(tmp_path_factory: pytest.TempPathFactory) -> DestaFiles:
+    """DeSTA2's three repositories; copy what you change."""
+    return save_desta2(tmp_path_factory.mktemp("desta2") / "files")
+
+
+@pytest.fixture(scope="session")
+def desta25_files(tmp_path_factory: pytest.TempPathFactory) -> DestaFiles:
+    """DeSTA2.5's three repositories; copy what you change."""
+    return save_desta25(tmp_path_factory.mktemp("desta25") / "files")
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen-Audio's repository; copy what you change."""
+    return save_qwen_audio(tmp_path_factory.mktemp("qwen_audio") / "files")
+
+
+@pytest.fixture(scope="module")
+def desta2(desta2_files: DestaFiles) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and feature extractor."""
+    return load_desta2(desta2_files.location)
+
+
+@pytest.fixture(scope="module")
+def desta25(desta25_files: DestaFiles) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and feature extractor."""
+    return load_desta25(desta25_files.location)
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and feature extractor."""
+    return load_qwen_audio(qwen_folder)
 
 
 @pytest.fixture(scope="session")

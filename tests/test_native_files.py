@@ -16,9 +16,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from native_checkpoints import (
     DestaFiles,
-    save_desta2,
-    save_desta25,
-    save_qwen_audio,
     save_whisper,
 )
 from safetensors.torch import load_file, save_file
@@ -33,41 +30,6 @@ from lalm_patch.models.native import (
 )
 
 QUESTION = "What is the gender of the speaker in the speech? Possible options: male, female."
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("native")
-
-
-@pytest.fixture(scope="module")
-def desta2_files(root: Path) -> DestaFiles:
-    return save_desta2(root / "desta2")
-
-
-@pytest.fixture(scope="module")
-def desta25_files(root: Path) -> DestaFiles:
-    return save_desta25(root / "desta25")
-
-
-@pytest.fixture(scope="module")
-def qwen_folder(root: Path) -> Path:
-    return save_qwen_audio(root / "qwen_audio")
-
-
-@pytest.fixture(scope="module")
-def desta2(desta2_files: DestaFiles) -> tuple[Any, Any, Any]:
-    return load_desta2(desta2_files.location)
-
-
-@pytest.fixture(scope="module")
-def desta25(desta25_files: DestaFiles) -> tuple[Any, Any, Any]:
-    return load_desta25(desta25_files.location)
-
-
-@pytest.fixture(scope="module")
-def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
-    return load_qwen_audio(qwen_folder)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load, noise
-from native_checkpoints import save_desta2, save_desta25, save_qwen_audio
+from native_checkpoints import DestaFiles, save_desta2
 from safetensors.torch import load_file, save_file
 from test_engines import encodings, likely_tokens
 
@@ -29,13 +29,8 @@ SPOKEN = " Kids are talking by the door."
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("native")
-    return {
-        "desta2": save_desta2(root / "desta2").location,
-        "desta25": save_desta25(root / "desta25").location,
-        "qwen_audio": save_qwen_audio(root / "qwen_audio"),
-    }
+def folders(desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path) -> dict[str, Path]:
+    return {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

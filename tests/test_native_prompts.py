@@ -17,11 +17,7 @@ from conftest import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_checkpoints import (
-    DestaFiles,
     qwen_ranks,
-    save_desta2,
-    save_desta25,
-    save_qwen_audio,
 )
 from native_reference import unpadded_log_mel
 
@@ -30,9 +26,6 @@ from lalm_patch.models.native import (
     NativePrompt,
     desta2_prompt,
     desta25_prompt,
-    load_desta2,
-    load_desta25,
-    load_qwen_audio,
     qwen_audio_base_prompt,
     qwen_audio_chat_prompt,
     qwen_audio_features,
@@ -51,41 +44,6 @@ PIECES = (
 RESPONSE = "The speaker's gender is"
 TRANSCRIPT = " Kids are talking by the door."
 CLOSE = {"rtol": 0.0, "atol": 2e-5}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("native")
-
-
-@pytest.fixture(scope="module")
-def desta2_files(root: Path) -> DestaFiles:
-    return save_desta2(root / "desta2")
-
-
-@pytest.fixture(scope="module")
-def desta25_files(root: Path) -> DestaFiles:
-    return save_desta25(root / "desta25")
-
-
-@pytest.fixture(scope="module")
-def qwen_folder(root: Path) -> Path:
-    return save_qwen_audio(root / "qwen_audio")
-
-
-@pytest.fixture(scope="module")
-def desta2(desta2_files: DestaFiles) -> tuple[Any, Any, Any]:
-    return load_desta2(desta2_files.location)
-
-
-@pytest.fixture(scope="module")
-def desta25(desta25_files: DestaFiles) -> tuple[Any, Any, Any]:
-    return load_desta25(desta25_files.location)
-
-
-@pytest.fixture(scope="module")
-def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
-    return load_qwen_audio(qwen_folder)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from conftest import GENDER, write_sakura
-from native_checkpoints import save_desta2, save_desta25
+from native_checkpoints import DestaFiles
 
 from lalm_patch.config import compose
 from lalm_patch.errors import ConfigError
@@ -22,13 +22,11 @@ CLIPS = 3
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("transcripts")
-    return {
-        "desta2": save_desta2(root / "desta2").location,
-        "desta25": save_desta25(root / "desta25").location,
-        "data": write_sakura(root / "sakura", GENDER, CLIPS, seconds=0.5),
-    }
+def place(
+    desta2_files: DestaFiles, desta25_files: DestaFiles, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    data = write_sakura(tmp_path_factory.mktemp("sakura"), GENDER, CLIPS, seconds=0.5)
+    return {"desta2": desta2_files.location, "desta25": desta25_files.location, "data": data}
 
 
 def outcome(place: dict[str, Path], outputs: Path, model: str, *overrides: str) -> xr.Dataset:
