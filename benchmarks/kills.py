@@ -145,7 +145,9 @@ def main() -> None:
             kills += done
             print(f"run {runs}: killed {done} times, ended equal ({kills} kills so far)", flush=True)
     left = ", ".join(f"{name} {count}" for name, count in sorted(states.items()))
-    print(f"{kills} kills of {runs} runs: every result equals the undisturbed one, bit for bit; found at a kill: {left}")
+    print(
+        f"{kills} kills of {runs} runs: every result equals the undisturbed one, bit for bit; found at a kill: {left}"
+    )
 
 
 if __name__ == "__main__":

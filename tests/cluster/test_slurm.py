@@ -170,9 +170,7 @@ def test_the_last_time_limit_ends_a_run_that_can_go_on(slurm: SlurmHere, tmp_pat
 
 
 @pytest.mark.timeout(600)
-def test_shards_as_jobs_make_one_run(
-    slurm: SlurmHere, undisturbed: dict[str, xr.Dataset], tmp_path: Path
-) -> None:
+def test_shards_as_jobs_make_one_run(slurm: SlurmHere, undisturbed: dict[str, xr.Dataset], tmp_path: Path) -> None:
     arguments = ("attr=emotion", "granularity=layer", *SETTINGS, "shard=1/3,2/3,3/3")
     code, printed = sweep(slurm, tmp_path, *arguments)
     assert code == 0, printed
