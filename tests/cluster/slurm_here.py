@@ -45,7 +45,7 @@ SwitchType=switch/none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=2
-MinJobAge=600
+MinJobAge=36000
 NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=8000
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """

@@ -22,7 +22,7 @@ from lalm_patch.journal import snapshot
 from lalm_patch.store import open_result
 
 # Every patched pass on its own: a second or more a clip for the token-wise runs, time enough to kill one.
-SETTINGS = ("engine=direct", "data.limit=6", "granularity.layers=[0,5,7]")
+SETTINGS = ("engine=direct", "data.limit=5", "granularity.layers=[0,5]")
 SWEEP = ("attr=emotion,gender,animal", "granularity=layer,token", *SETTINGS)
 LAUNCHER = (
     "hydra/launcher=lalm_patch_slurm",
