@@ -67,7 +67,7 @@ def plot_run(dataset: xr.Dataset, folder: Path) -> list[Path]:
     """
     seed = int(run_settings(dataset).get("seed", 0))
     recovery = mean_recovery(dataset, seed=seed)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **_STYLE}):
+    with matplotlib.rc_context(_style()):
         if not recovery["mean"].notnull().any():
             figure = _draw_nothing(dataset)
         elif "token" in recovery.dims:
@@ -85,6 +85,14 @@ def plot_run(dataset: xr.Dataset, folder: Path) -> list[Path]:
         except OSError as error:
             raise storage_error(error, path, "writing the figure") from error
     return list(files)
+
+
+def _style() -> Any:
+    """The style, on matplotlib's defaults: a user's matplotlibrc must not change the picture.
+
+    Without what names the backend: a context would not put that back.
+    """
+    return {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key} | _STYLE
 
 
 def printable(text: str) -> str:
@@ -228,17 +236,12 @@ def _brackets(figure: Figure, axes: Axes, roles: list[str]) -> float:
     """
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     per_column = axes.get_window_extent(renderer).width / len(roles)
+    above = axes.get_xaxis_transform()
+    rise = 1 + 4 / 72 / figure.get_figheight()
     taken: list[float] = []  # right end of the last name on each step, in pixels
     for role, first, last in segments(roles):
         colour = ROLE_COLOURS.get(role, "0.3")
-        axes.annotate(
-            "",
-            (first + 0.12, 1),
-            (last + 0.88, 1),
-            ("data", "axes fraction"),
-            arrowprops={"arrowstyle": "-", "lw": 2.2, "color": colour, "shrinkA": 0, "shrinkB": 0},
-            annotation_clip=False,
-        ).xyann = (last + 0.88, 1)
+        axes.plot((first + 0.15, last + 0.85), (rise, rise), transform=above, color=colour, lw=2.2, clip_on=False)
         centre = (first + last + 1) / 2
         name = axes.annotate(
             role,
@@ -256,6 +259,7 @@ def _brackets(figure: Figure, axes: Axes, roles: list[str]) -> float:
         step = next((index for index, end in enumerate(taken) if end <= left), len(taken))
         taken[step : step + 1] = [right]
         name.xyann = (0, 8 + 11 * step)
+    axes.set_xlim(0, len(roles))
     return 8 + 11 * len(taken) + 4
 
 
