@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, bootstrap
 from scipy.stats import t as student
 
 from benchmarks.coverage import measure
@@ -22,7 +22,7 @@ from lalm_patch.analysis import (
     segment_profiles,
 )
 from lalm_patch.analysis.depth import crossing
-from lalm_patch.analysis.resampling import ClusterSums, joint_means, levels
+from lalm_patch.analysis.resampling import ClusterSums, resample, resample_together
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -146,21 +146,31 @@ def test_shared_groups_are_drawn_together_and_others_apart() -> None:
     one = ClusterSums.of(values, np.array(list("abcde")))
     two = ClusterSums.of(values + 1, np.array(list("abcde")))
     apart = ClusterSums.of(values, np.array(list("vwxyz")))
-    first, second = joint_means([one, two], seed=0)
-    np.testing.assert_allclose(second - first, 1.0)
-    first, second = joint_means([one, apart], seed=0)
-    assert abs(np.corrcoef(first[1:, 0], second[1:, 0])[0, 1]) < 0.1
+    first, second = resample_together([one, two], seed=0)
+    np.testing.assert_allclose(second.values - first.values, 1.0)
+    first, second = resample_together([one, apart], seed=0)
+    assert first.values.shape == second.values.shape
+    assert abs(np.corrcoef(first.drawn[:, 0], second.drawn[:, 0])[0, 1]) < 0.1
 
 
 def test_interval_of_a_normal_mean_is_students() -> None:
-    """The widened levels make the percentile interval of normal data that of Student's t."""
+    """What the widened levels are for: with few groups of symmetric data the interval is that of Student's t."""
     n = 12
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=n)
-    low, high = levels(n, 0.95)
-    half = values.std(ddof=1) / np.sqrt(n) * student.ppf(0.975, n - 1)
-    means = values[rng.integers(0, n, (200_000, n))].mean(axis=1)
-    np.testing.assert_allclose(np.quantile(means, [low, high]), [values.mean() - half, values.mean() + half], atol=0.06)
+    values = np.random.default_rng(3).normal(size=n)
+    values -= values.mean()
+    values = np.concatenate([values, -values])[:, None]
+    half = values.std(ddof=1) / np.sqrt(2 * n) * student.ppf(0.975, 2 * n - 1)
+    found = resample(ClusterSums.of(values, np.arange(2 * n).astype(str)), seed=0, n_draws=40_000).interval()
+    np.testing.assert_allclose(np.ravel(found), [-half, half], rtol=0.05)
+
+
+def test_interval_of_many_skewed_values_is_scipys_bca() -> None:
+    """With many groups the widening is next to nothing, and what remains is the ordinary BCa interval."""
+    values = np.random.default_rng(1).exponential(size=300)
+    expected = bootstrap((values,), np.mean, n_resamples=20_000, rng=1).confidence_interval
+    clusters = ClusterSums.of(values[:, None], np.arange(300).astype(str))
+    low, high = resample(clusters, seed=0, n_draws=20_000).interval()
+    np.testing.assert_allclose([low[0], high[0]], expected, rtol=0.01)
 
 
 def test_too_little_data_gives_no_interval_instead_of_a_narrow_one() -> None:

@@ -1,19 +1,18 @@
 """From datasets of runs to findings. Needs no model and no torch: it works on a dataset opened anywhere.
 
-about       which run a dataset is
+run_info    which run a dataset is
 alignment   one token axis for all samples
 resampling  the bootstrap over groups
 ledger      who counts and why not
 recovery    means with intervals, the peak
 depth       fusion depth and abruptness
-segments    profiles of the text's segments, the object-token effect
+profiles    recovery of the text's segments, the object-token effect
 comparison  differences between runs
 claims      what the paper says, checked
 """
 
 from __future__ import annotations
 
-from lalm_patch.analysis.about import About, about, planted_window, run_settings
 from lalm_patch.analysis.alignment import align_tokens, kept_samples, segments
 from lalm_patch.analysis.comparison import Comparison, compare
 from lalm_patch.analysis.depth import Fusion, fusion
@@ -27,6 +26,7 @@ from lalm_patch.analysis.ledger import (
     lost_classes,
     why_none_counts,
 )
+from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
 from lalm_patch.analysis.recovery import (
     Cell,
     Peak,
@@ -37,7 +37,7 @@ from lalm_patch.analysis.recovery import (
     ratio_of_means,
 )
 from lalm_patch.analysis.resampling import Estimate
-from lalm_patch.analysis.segments import ObjectEffect, object_effect, segment_profiles
+from lalm_patch.analysis.run_info import About, about, planted_window, run_settings
 
 __all__ = [
     "KEPT",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from lalm_patch.analysis.about import about
 from lalm_patch.analysis.recovery import layer_curves
-from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, Estimate, FloatArray, draws, estimate
+from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, Estimate, FloatArray, Resampled, resample
+from lalm_patch.analysis.run_info import about
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,11 @@ def fusion(dataset: xr.Dataset, confidence: float = CONFIDENCE, n_draws: int = D
     clips' depths is another thing, and not robust, since single curves cross half of their final value by accident.
     """
     run = about(dataset)
-    clusters = layer_curves(dataset)
-    groups = len(clusters.names)
-    curves = (
-        clusters.means(draws(groups, run.seed, n_draws)) if groups else np.full((1, dataset.sizes["layer"]), np.nan)
-    )
+    curves = resample(layer_curves(dataset), run.seed, n_draws)
     layers = dataset["layer"].values.astype(np.float64)
-    depth, tenth, settled = (crossing(curves, layers, level) for level in (0.5, 0.1, 0.9))
+    depth, tenth, settled = (crossing(curves.values, layers, level) for level in (0.5, 0.1, 0.9))
 
     def found(values: FloatArray) -> Estimate:
-        return estimate(values, clusters.n, groups, confidence)
+        return Resampled(values, curves.left_out, curves.n, curves.groups).estimate(confidence)
 
     return Fusion(found(depth), found(depth / max(run.layers - 1, 1)), found(settled - tenth), found(settled))

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from lalm_patch.analysis.about import run_settings
+from lalm_patch.analysis.run_info import run_settings
 from lalm_patch.metrics import Exclusion
 
 KEPT = "kept"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.analysis.about import about
 from lalm_patch.analysis.alignment import align_tokens, kept_samples
-from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, draws, interval, ratio_intervals
+from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
+from lalm_patch.analysis.run_info import about
 
 SAME_PLATEAU = 1e-3
 """Means this close to the largest one count as tied: on a plateau, rounding would choose the layer otherwise."""
@@ -120,7 +120,7 @@ def mean_over_samples(
         for name, (array, text, units) in described.items()
     }
     coords = {name: coord for name, coord in rates.coords.items() if set(coord.dims) <= set(dims)}
-    how = f"{confidence:.0%} percentile bootstrap over groups, {n_resamples} draws, seed {seed}"
+    how = f"{confidence:.0%} BCa bootstrap over groups, {n_resamples} draws, seed {seed}"
     return xr.Dataset(variables, coords, {"interval": how})
 
 
@@ -199,10 +199,11 @@ def peak_interval(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> tuple[
     clusters = layer_curves(dataset)
     if not clusters.n:
         return np.nan, np.nan
-    means = clusters.means(draws(len(clusters.names), about(dataset).seed))
-    first = (means >= means.max(axis=1, keepdims=True) - SAME_PLATEAU).argmax(axis=1)
-    low, high = interval(dataset["layer"].values[first].astype(np.float64)[:, None], len(clusters.names), confidence)
-    return float(low[0]), float(high[0])
+    curves = resample(clusters, about(dataset).seed)
+    first = (curves.values >= curves.values.max(axis=1, keepdims=True) - SAME_PLATEAU).argmax(axis=1)
+    peaks = dataset["layer"].values[first].astype(np.float64)
+    low, high = Resampled(peaks, curves.left_out, curves.n, curves.groups).interval(confidence)
+    return float(low), float(high)
 
 
 def _largest(recovery: xr.Dataset) -> Cell:

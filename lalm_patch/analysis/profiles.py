@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from lalm_patch.analysis.about import about
 from lalm_patch.analysis.alignment import kept_samples
 from lalm_patch.analysis.recovery import group_names, mean_over_samples
-from lalm_patch.analysis.resampling import CONFIDENCE, ClusterSums, Estimate, FloatArray, draws, estimate
+from lalm_patch.analysis.resampling import CONFIDENCE, ClusterSums, Estimate, FloatArray, Resampled, resample
+from lalm_patch.analysis.run_info import about
 
 SEGMENTS = ("transcript", "early", "object", "late", "template", "last")
 NEIGHBOURS = ("early", "late")
@@ -87,8 +87,8 @@ def object_effect(
         nothing = Estimate(np.nan, np.nan, np.nan, clusters.n, len(clusters.names))
         return ObjectEffect(-1, nothing, np.nan, profile)
     best = int(statistic.argmax())
-    means = clusters.means(draws(len(clusters.names), seed))[:, best]
-    effect = estimate(means, clusters.n, len(clusters.names))
+    means = resample(clusters, seed)
+    effect = Resampled(means.values[:, best], means.left_out, means.n, means.groups).estimate()
     return ObjectEffect(int(profile["layer"].values[best]), effect, float(adjusted[best]), profile)
 
 
