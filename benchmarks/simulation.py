@@ -62,11 +62,16 @@ class Planted:
 
 
 def simulate(
-    planted: Planted, seed: int, groups: int = 40, token_wise: bool = False, name: tuple[str, str] = ("model", "pet")
+    planted: Planted,
+    seed: int,
+    groups: int = 40,
+    token_wise: bool = False,
+    name: tuple[str, str] = ("model", "pet"),
+    skewness: float = 1.0,
 ) -> xr.Dataset:
     """A run of clips drawn from the population: 1 to 4 clips per group, which share part of their deviation.
 
-    The deviations have mean 0 and are skewed (exponential) for a group and normal for a clip, largest where the curve
+    The deviations have mean 0 and are skewed (gamma) for a group and normal for a clip, largest where the curve
     is steepest and nothing in the last layer, as recovery is there by construction. Differences between object tokens
     and neighbours are symmetric with heavy tails.
     """
@@ -75,7 +80,8 @@ def simulate(
     n, curve = len(group), planted.curve
     room = 4 * curve * (1 - curve) + 0.05
     room[-1] = 0.0
-    shared = 0.15 * (rng.exponential(1.0, groups)[group] - 1.0)
+    shape = 4 / skewness**2  # of the gamma distribution with this skewness
+    shared = 0.15 * (rng.gamma(shape, 1.0, groups)[group] - shape) / np.sqrt(shape)
     rates = curve + room * (shared[:, None] + 0.1 * rng.normal(size=(n, planted.layers)))
     dims: tuple[str, ...] = ("sample", "layer")
     coords = {

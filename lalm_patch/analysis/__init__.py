@@ -8,12 +8,14 @@ recovery    means with intervals, the peak
 depth       fusion depth and abruptness
 profiles    recovery of the text's segments, the object-token effect
 comparison  differences between runs
-claims      what the paper says, checked
+paper       what the paper says, as data
+claims      statements checked against runs
 """
 
 from __future__ import annotations
 
 from lalm_patch.analysis.alignment import align_tokens, kept_samples, segments
+from lalm_patch.analysis.claims import Finding, Part, Verdict, check_claims, relevant
 from lalm_patch.analysis.comparison import Comparison, compare
 from lalm_patch.analysis.depth import Fusion, fusion
 from lalm_patch.analysis.ledger import (
@@ -26,6 +28,7 @@ from lalm_patch.analysis.ledger import (
     lost_classes,
     why_none_counts,
 )
+from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
 from lalm_patch.analysis.recovery import (
     Cell,
@@ -40,18 +43,24 @@ from lalm_patch.analysis.resampling import Estimate
 from lalm_patch.analysis.run_info import About, about, planted_window, run_settings
 
 __all__ = [
+    "CLAIMS",
     "KEPT",
     "About",
     "Accuracy",
     "Cell",
+    "Claim",
     "Comparison",
     "Estimate",
+    "Finding",
     "Fusion",
     "ObjectEffect",
+    "Part",
     "Peak",
+    "Verdict",
     "about",
     "accuracy",
     "align_tokens",
+    "check_claims",
     "compare",
     "exclusion_table",
     "fusion",
@@ -66,6 +75,7 @@ __all__ = [
     "peak_layer",
     "planted_window",
     "ratio_of_means",
+    "relevant",
     "run_settings",
     "segment_profiles",
     "segments",

@@ -71,25 +71,33 @@ def object_effect(
         seed: of the flips.
         n_flips: number of flips.
     """
-    kept = _token_wise(dataset)
-    rates, _ = _by_role(kept)
-    around = _neighbours(kept)
-    share = dataset["layer"].values / max(about(dataset).layers - 1, 1)
-    inside = (share >= window[0]) & (share <= window[1])
-    difference = (rates.sel(segment="object", drop=True) - around).isel(layer=np.flatnonzero(inside))
-    difference = difference.transpose("sample", "layer")
-    names = group_names(kept)
+    difference, names = object_difference(dataset, window)
     profile = mean_over_samples(difference, names, seed=seed)
     clusters = ClusterSums.of(difference.values.astype(np.float64), names)
     statistic, adjusted = _max_t(clusters.sums, seed, n_flips)
     profile["p"] = ("layer", adjusted, {"long_name": "one-sided p-value, adjusted for the layers looked at"})
-    if not clusters.n or not inside.any() or bool(profile["mean"].isnull().all()):
+    if not clusters.n or not profile.sizes["layer"] or bool(profile["mean"].isnull().all()):
         nothing = Estimate(np.nan, np.nan, np.nan, clusters.n, len(clusters.names))
         return ObjectEffect(-1, nothing, np.nan, profile)
     best = int(statistic.argmax())
     means = resample(clusters, seed)
     effect = Resampled(means.values[:, best], means.left_out, means.n, means.groups).estimate()
     return ObjectEffect(int(profile["layer"].values[best]), effect, float(adjusted[best]), profile)
+
+
+def object_difference(dataset: xr.Dataset, window: tuple[float, float] = (0.0, 1.0)) -> tuple[xr.DataArray, np.ndarray]:
+    """Each kept sample's recovery at the option tokens minus that at the text around them, and the samples' groups.
+
+    Returns:
+        (sample, layer) for the layers whose share of depth lies in the window; NaN where a sample has no such tokens.
+    """
+    kept = _token_wise(dataset)
+    rates, _ = _by_role(kept)
+    around = _mean(kept, kept["token_role"].isin(NEIGHBOURS))
+    share = dataset["layer"].values / max(about(dataset).layers - 1, 1)
+    inside = np.flatnonzero((share >= window[0]) & (share <= window[1]))
+    difference = (rates.sel(segment="object", drop=True) - around).isel(layer=inside)
+    return difference.transpose("sample", "layer"), group_names(kept)
 
 
 def _max_t(sums: FloatArray, seed: int, n_flips: int) -> tuple[FloatArray, FloatArray]:
@@ -109,10 +117,6 @@ def _by_role(kept: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
     roles = xr.DataArray(np.array(SEGMENTS, object), dims="segment", coords={"segment": np.array(SEGMENTS, object)})
     has = kept["token_role"] == roles
     return _mean(kept, has), has.sum("token")
-
-
-def _neighbours(kept: xr.Dataset) -> xr.DataArray:
-    return _mean(kept, kept["token_role"].isin(NEIGHBOURS))
 
 
 def _mean(kept: xr.Dataset, has: xr.DataArray) -> xr.DataArray:

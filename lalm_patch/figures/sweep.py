@@ -57,7 +57,7 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
 def draw_layers(rows: Rows, relative: bool = False) -> Figure:
     """The picture of `plot_layers` from its rows; to be called within `styled()`."""
     attributes = in_order(row["attribute"] for row in rows)
-    figure, axes = panels(len(attributes), 3.1, 2.4)
+    figure, axes = panels(len(attributes), 3.1, 2.2, gap=1.25)
     shown = looks(row["model"] for row in rows)
     key = "depth" if relative else "layer"
     for attribute, axis in zip(attributes, axes, strict=True):
@@ -76,7 +76,7 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
         if not relative:
             axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, 0.97))
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     _same_scale(axes, rows)
     return figure
 
@@ -115,7 +115,7 @@ def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
 def draw_segments(rows: Rows) -> Figure:
     """The picture of `plot_segments` from its rows; to be called within `styled()`."""
     names = list(dict.fromkeys(row["run"] for row in rows))
-    figure, axes = panels(len(names), 3.1, 2.4)
+    figure, axes = panels(len(names), 3.1, 2.2, gap=1.25)
     for name, axis in zip(names, axes, strict=True):
         of_run = [row for row in rows if row["run"] == name]
         axis.axhline(0, color="0.6", lw=0.7, zorder=1)
@@ -131,7 +131,7 @@ def draw_segments(rows: Rows) -> Figure:
         axis.set(xlabel="decoder layer", ylabel="recovery rate, mean of a token")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7, loc="upper left")
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     _same_scale(axes, rows)
     return figure
 
