@@ -1,8 +1,8 @@
 """What the paper reports on Figures 2 and 3 (Chen, Huang and Lee, arXiv 2603.13768), as statements a program can check.
 
 The paper describes its curves in words; the numbers that make a word checkable ("gradually", "near 0", "about layer
-15") are this package's, and stand here to be seen. A claim names a measure of `lalm_patch.analysis.claims.MEASURES`, the
-runs it is about, and the region in which the measured number has to lie.
+15") are this package's, and stand here to be seen. A claim names a measure of `lalm_patch.analysis.claims.MEASURES`,
+the runs it is about, and the region in which the measured number has to lie.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ CLAIMS = (
         "voxtral_is_earlier",
         "Figure 2 and the text on it",
         "Voxtral peaks much earlier than the DeSTA and the Qwen models.",
-        "Against each of the four, Voxtral passes half of its final recovery at a share of depth smaller by 0.1 or more.",
+        "Against each of the four, Voxtral passes half of its final recovery at a share of depth 0.1 or more smaller.",
         "earlier_than_others",
         VOXTRAL,
         high=-0.1,

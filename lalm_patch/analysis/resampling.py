@@ -7,8 +7,8 @@ its sums.
 The intervals are bias-corrected and accelerated (BCa, Efron 1987), with the acceleration from leaving out one cluster
 at a time, since recovery is skewed. Their level is widened for few clusters as in the expanded percentile interval
 (Hesterberg 2015, The American Statistician 69:4, 371-386): Student's t with one degree of freedom less than there are
-clusters, instead of the normal. Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing is
-corrected and the interval is that one value. benchmarks/coverage.py measures how often they hold the truth.
+clusters, instead of the normal. Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing
+is corrected and the interval is that one value. benchmarks/coverage.py measures how often they hold the truth.
 """
 
 from __future__ import annotations
