@@ -19,7 +19,7 @@ AS_REPORTED = {
     "desta25": Planted(32, 9.5, 2.6),
     "qwen_audio": Planted(32, 23.0, 0.8),
     "qwen2_audio": Planted(32, 25.0, 0.9),
-    "voxtral": Planted(30, 4.0, 0.8),
+    "voxtral": Planted(30, 2.5, 0.7),
 }
 
 
