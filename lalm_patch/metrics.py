@@ -6,12 +6,13 @@ Definitions of Chen, Huang and Lee, arXiv 2603.13768, section 3; probabilities a
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lalm_patch.engine import Readout
+if TYPE_CHECKING:
+    from lalm_patch.engine import Readout
 
 FloatArray = NDArray[np.floating[Any]]
 

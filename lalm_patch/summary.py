@@ -10,10 +10,12 @@ import xarray as xr
 
 from lalm_patch.analysis import (
     KEPT,
+    Cell,
     accuracy,
     exclusion_table,
     is_readable,
     is_right,
+    lost_classes,
     mean_recovery,
     over_layers,
     peak_layer,
@@ -53,13 +55,17 @@ def _short(path: Path) -> str:
 def _samples(dataset: xr.Dataset) -> list[str]:
     table = exclusion_table(dataset)
     counts = {str(reason): int(table.sel(reason=reason).sum()) for reason in table["reason"].values}
+    readable, clean, corrupted = is_readable(dataset), is_right(dataset, "clean"), is_right(dataset, "corrupted")
     excluded = ", ".join(f"{reason} {count}" for reason, count in counts.items() if reason != KEPT and count)
     right = accuracy(dataset)
     lines = [
         f"samples  {counts[KEPT]} of {dataset.sizes['sample']} count" + (f"; excluded: {excluded}" if excluded else ""),
-        f"right    clean {right.clean:.0%}, corrupted {right.corrupted:.0%}, chance {right.chance:.0%} (n={right.n})",
     ]
-    readable, clean, corrupted = is_readable(dataset), is_right(dataset, "clean"), is_right(dataset, "corrupted")
+    if not right.n:
+        return [*lines, "right    unknown: no clip could be used"]
+    lines.append(
+        f"right    clean {right.clean:.0%}, corrupted {right.corrupted:.0%}, chance {right.chance:.0%} (n={right.n})"
+    )
     labels = dataset["label"].values.astype(str)
     width = max(len(str(label)) for label in table["label"].values)
     lines.append(f"         {'class':<{width}}     n  clean right  corrupted right  count")
@@ -68,7 +74,7 @@ def _samples(dataset: xr.Dataset) -> list[str]:
         kept = int(table.sel(label=label, reason=KEPT))
         numbers = f"{of_class.sum():>5}{(clean & of_class).sum():>13}{(corrupted & of_class).sum():>17}{kept:>7}"
         lines.append(f"         {label!s:<{width}} {numbers}")
-    return lines
+    return lines + [f"         {note}" for note in lost_classes(dataset)]
 
 
 def _findings(dataset: xr.Dataset) -> list[str]:
@@ -86,17 +92,21 @@ def _findings(dataset: xr.Dataset) -> list[str]:
         f"p(right) clean {float(kept['p_clean'].mean()):.3f}, corrupted {float(kept['p_corrupted'].mean()):.3f}",
         f"recovery {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
         f"layer {line[-1].layer}: {line[-1].mean:z.2f}",
-        f"peak     layer {best.layer}: {best.mean:z.2f} [{best.low:z.2f}, {best.high:z.2f}], n={best.n} "
-        "(95 % bootstrap; the first of equals)",
+        f"peak     layer {best.layer}: {_mean(best)}, n={best.n} (95 % bootstrap over groups; the first of equals)",
     ]
     if (other := peak.before_last) is not None:
         place = f"layer {other.layer}, token {other.text!r} ({other.role})"
-        lines.append(
-            f"         before the last token: {place}: {other.mean:z.2f} [{other.low:z.2f}, {other.high:z.2f}]"
-        )
+        lines.append(f"         before the last token: {place}: {_mean(other)}")
     if (window := planted_window(dataset)) is not None:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
     return lines
+
+
+def _mean(cell: Cell) -> str:
+    """A mean with its interval, where there is one."""
+    if np.isnan(cell.low):
+        return f"{cell.mean:z.2f} (no interval: one group only)"
+    return f"{cell.mean:z.2f} [{cell.low:z.2f}, {cell.high:z.2f}]"
 
 
 def _checks(dataset: xr.Dataset) -> list[str]:

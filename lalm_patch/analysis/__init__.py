@@ -1,0 +1,83 @@
+"""From datasets of runs to findings. Needs no model and no torch: it works on a dataset opened anywhere.
+
+run_info    which run a dataset is
+alignment   one token axis for all samples
+resampling  the bootstrap over groups
+ledger      who counts and why not
+recovery    means with intervals, the peak
+depth       fusion depth and abruptness
+profiles    recovery of the text's segments, the object-token effect
+comparison  differences between runs
+paper       what the paper says, as data
+claims      statements checked against runs
+"""
+
+from __future__ import annotations
+
+from lalm_patch.analysis.alignment import align_tokens, kept_samples, segments
+from lalm_patch.analysis.claims import Finding, Part, Verdict, check_claims, relevant
+from lalm_patch.analysis.comparison import Comparison, compare
+from lalm_patch.analysis.depth import Fusion, fusion
+from lalm_patch.analysis.ledger import (
+    KEPT,
+    Accuracy,
+    accuracy,
+    exclusion_table,
+    is_readable,
+    is_right,
+    lost_classes,
+    why_none_counts,
+)
+from lalm_patch.analysis.paper import CLAIMS, Claim
+from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
+from lalm_patch.analysis.recovery import (
+    Cell,
+    Peak,
+    mean_recovery,
+    over_layers,
+    peak_interval,
+    peak_layer,
+    ratio_of_means,
+)
+from lalm_patch.analysis.resampling import Estimate
+from lalm_patch.analysis.run_info import About, about, planted_window, run_settings
+
+__all__ = [
+    "CLAIMS",
+    "KEPT",
+    "About",
+    "Accuracy",
+    "Cell",
+    "Claim",
+    "Comparison",
+    "Estimate",
+    "Finding",
+    "Fusion",
+    "ObjectEffect",
+    "Part",
+    "Peak",
+    "Verdict",
+    "about",
+    "accuracy",
+    "align_tokens",
+    "check_claims",
+    "compare",
+    "exclusion_table",
+    "fusion",
+    "is_readable",
+    "is_right",
+    "kept_samples",
+    "lost_classes",
+    "mean_recovery",
+    "object_effect",
+    "over_layers",
+    "peak_interval",
+    "peak_layer",
+    "planted_window",
+    "ratio_of_means",
+    "relevant",
+    "run_settings",
+    "segment_profiles",
+    "segments",
+    "why_none_counts",
+]

@@ -1,0 +1,69 @@
+"""At which depth audio is fused, and how abruptly: numbers read off a curve of mean recovery over layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from lalm_patch.analysis.recovery import layer_curves
+from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, Estimate, FloatArray, Resampled, resample
+from lalm_patch.analysis.run_info import about
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Where along the layers recovery returns.
+
+    Attributes:
+        depth: layer at which mean recovery first passes half of its value at the last patched layer.
+        share: the same as a share of the decoder's depth: 0 the first layer, 1 the last.
+        width: layers between passing 10 % and 90 % of the final value; small is abrupt.
+        settled: layer at which 90 % is passed.
+    """
+
+    depth: Estimate
+    share: Estimate
+    width: Estimate
+    settled: Estimate
+
+
+def crossing(curves: FloatArray, layers: FloatArray, level: float) -> FloatArray:
+    """First layer at which each curve reaches `level` times its final value, interpolated linearly.
+
+    Args:
+        curves: recovery [curve, layer].
+        layers: numbers of the layers, ascending.
+        level: share of the final value.
+
+    Returns:
+        [curve]; the first layer where the curve starts above the level, NaN where its final value is not positive.
+    """
+    final = curves[:, -1]
+    target = level * final
+    reached = curves >= target[:, None]
+    index = reached.argmax(axis=1)
+    before = np.maximum(index - 1, 0)
+    rows = np.arange(len(curves))
+    rise = curves[rows, index] - curves[rows, before]
+    part = np.divide(target - curves[rows, before], rise, out=np.ones(len(curves)), where=rise != 0)
+    found = layers[before] + np.where(index == 0, 0.0, part) * (layers[index] - layers[before])
+    return np.where((final > 0) & reached.any(axis=1), found, np.nan)
+
+
+def fusion(dataset: xr.Dataset, confidence: float = CONFIDENCE, n_draws: int = DRAWS) -> Fusion:
+    """Depth, width and settling of a run, with intervals over groups.
+
+    Of a token-wise run the curve is that of the last token. The numbers are those of the mean curve: the mean of single
+    clips' depths is another thing, and not robust, since single curves cross half of their final value by accident.
+    """
+    run = about(dataset)
+    curves = resample(layer_curves(dataset), run.seed, n_draws)
+    layers = dataset["layer"].values.astype(np.float64)
+    depth, tenth, settled = (crossing(curves.values, layers, level) for level in (0.5, 0.1, 0.9))
+
+    def found(values: FloatArray) -> Estimate:
+        return Resampled(values, curves.left_out, curves.n, curves.groups).estimate(confidence)
+
+    return Fusion(found(depth), found(depth / max(run.layers - 1, 1)), found(settled - tenth), found(settled))

@@ -1,0 +1,20 @@
+"""Figures: PNG, PDF and the drawn numbers as CSV, each from datasets alone."""
+
+from __future__ import annotations
+
+from lalm_patch.figures.clip import plot_clip
+from lalm_patch.figures.run import draw_run, plot_run
+from lalm_patch.figures.style import printable, rendered, styled
+from lalm_patch.figures.sweep import plot_layers, plot_ledger, plot_segments
+
+__all__ = [
+    "draw_run",
+    "plot_clip",
+    "plot_layers",
+    "plot_ledger",
+    "plot_run",
+    "plot_segments",
+    "printable",
+    "rendered",
+    "styled",
+]

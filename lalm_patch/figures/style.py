@@ -1,0 +1,170 @@
+"""What all figures share: the style, colours, text that can be drawn, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from lalm_patch.journal import replace_file, storage_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 200
+LONGEST_LABEL = 18
+
+ROLE_COLOURS = {
+    "transcript": "#8c6d31",
+    "early": "#4c72b0",
+    "object": "#dd8452",
+    "late": "#55a868",
+    "template": "#8c8c8c",
+    "last": "#8172b3",
+}
+ATTRIBUTES = ("animal", "emotion", "gender", "language")
+"""Order of the panels; other attributes follow by name."""
+
+# The five models of the paper look the same in every figure: Wong's colour-blind safe colours, and marks for print.
+_MODELS = ("desta2", "desta25", "qwen_audio", "qwen2_audio", "voxtral")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.linewidth": 0.8,
+    "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # a token or a model's name may hold "$"
+}
+
+
+def styled() -> AbstractContextManager[None]:
+    """Context in which figures are drawn: the style on matplotlib's defaults, so that a user's matplotlibrc does not
+    change the picture. Without what names the backend: a context would not put that back."""
+    own = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
+    return matplotlib.rc_context(own | _STYLE)
+
+
+def looks(models: Iterable[str]) -> dict[str, tuple[Any, str]]:
+    """Colour and mark of each model; those of the paper always have the same."""
+    palette = seaborn.color_palette("colorblind")
+    order = [*_MODELS, *sorted(set(models) - set(_MODELS))]
+    return {name: (palette[k % len(palette)], _MARKS[k % len(_MARKS)]) for k, name in enumerate(order)}
+
+
+def in_order(attributes: Iterable[str]) -> list[str]:
+    """Attributes in the order of the paper, others after them by name, each once."""
+    names = set(attributes)
+    return [name for name in ATTRIBUTES if name in names] + sorted(names - set(ATTRIBUTES))
+
+
+def printable(text: str) -> str:
+    r"""`text` with everything made visible that would not be: blanks as `␣`, newlines as `\n`, and characters that the
+    figures' font lacks by their number (`\ud55c`)."""
+    glyphs = _glyphs()
+    return "".join(_visible(character, glyphs) for character in text)
+
+
+def _visible(character: str, glyphs: set[int]) -> str:
+    if character in "\n\r\t\\":
+        return {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}[character]
+    if character == " ":
+        return "␣"
+    # Categories C: control, format, surrogate, private, unassigned; Z: blanks; M: marks that need a base letter.
+    if unicodedata.category(character)[0] in "CZM" or ord(character) not in glyphs:
+        number = ord(character)
+        return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:x}"
+    return character
+
+
+def _glyphs() -> set[int]:
+    return set(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def words(text: str) -> str:
+    """Text of a title: as `printable`, blanks left alone."""
+    return " ".join(printable(word) for word in text.split(" "))
+
+
+def label(text: str) -> str:
+    """Text of a tick: as `printable`, cut where it is too long."""
+    shown = printable(text)
+    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 1]}…"
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure whose axes measure exactly this many inches; what lies around them is added when it is rendered."""
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+
+def panels(count: int, width: float, height: float, gap: float = 0.75) -> tuple[Figure, list[Axes]]:
+    """A figure with this many axes of `width` x `height` inches, at most two beside each other, and `gap` between."""
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    whole = columns * width + (columns - 1) * gap, lines * height + (lines - 1) * gap
+    figure = Figure(figsize=whole, dpi=DPI)
+    FigureCanvasAgg(figure)
+    places = [divmod(index, columns) for index in range(count)]
+    return figure, [
+        figure.add_axes(
+            (
+                column * (width + gap) / whole[0],
+                1 - (row * (height + gap) + height) / whole[1],
+                width / whole[0],
+                height / whole[1],
+            )
+        )
+        for row, column in places
+    ]
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The picture as bytes, the same for the same data: without the date and the writing program."""
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[kind]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, folder: Path, name: str, table: str) -> list[Path]:
+    """Write NAME.png, NAME.pdf and NAME.csv, the numbers drawn.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    files = {
+        folder / f"{name}.png": rendered(figure, "png"),
+        folder / f"{name}.pdf": rendered(figure, "pdf"),
+        folder / f"{name}.csv": table.encode("utf-8", "backslashreplace"),
+    }
+    for path, content in files.items():
+        try:
+            replace_file(path, content)
+        except OSError as error:
+            raise storage_error(error, path, "writing the figure") from error
+    return list(files)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, columns by their first mention; missing numbers are empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()})
+    return buffer.getvalue()

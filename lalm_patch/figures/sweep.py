@@ -1,0 +1,207 @@
+"""Pictures of several runs: Figure 2 of the paper, segment profiles, who counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seaborn
+import xarray as xr
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lalm_patch.analysis import KEPT, about, exclusion_table, mean_recovery, segment_profiles
+from lalm_patch.figures.style import ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
+
+Rows = list[dict[str, Any]]
+
+
+def plot_layers(runs: Sequence[xr.Dataset], folder: Path, name: str = "figure2", relative: bool = False) -> list[Path]:
+    """Figure 2: mean recovery over layers, one panel per attribute, all models, with 95 % bands over groups.
+
+    Args:
+        runs: datasets; the layer-wise ones are drawn.
+        folder: where the picture (PNG, PDF) and the drawn numbers (CSV) go.
+        name: of the files.
+        relative: draw against the share of the decoder's depth, so that models of different depth compare.
+
+    Raises:
+        ValueError: none of the runs is layer-wise.
+        StoreError: a file cannot be written.
+    """
+    rows = layer_rows(runs)
+    with styled():
+        return save(draw_layers(rows, relative), folder, name, as_csv(rows))
+
+
+def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
+    """What `plot_layers` draws: one row per model, attribute and layer."""
+    rows: Rows = []
+    for run in runs:
+        info = about(run)
+        if info.granularity != "layer":
+            continue
+        recovery = mean_recovery(run, seed=info.seed)
+        for index, layer in enumerate(recovery["layer"].values):
+            numbers = {key: float(recovery[key][index]) for key in ("mean", "low", "high")}
+            counts = {key: int(recovery[key][index]) for key in ("n", "groups")}
+            place = {"layer": int(layer), "depth": int(layer) / max(info.layers - 1, 1)}
+            rows.append({"attribute": info.attribute, "model": info.model, **place, **numbers, **counts})
+    if not rows:
+        raise ValueError("Figure 2 needs at least one layer-wise run (granularity=layer)")
+    return rows
+
+
+def draw_layers(rows: Rows, relative: bool = False) -> Figure:
+    """The picture of `plot_layers` from its rows; to be called within `styled()`."""
+    attributes = in_order(row["attribute"] for row in rows)
+    figure, axes = panels(len(attributes), 3.1, 2.2, gap=1.25)
+    shown = looks(row["model"] for row in rows)
+    key = "depth" if relative else "layer"
+    for attribute, axis in zip(attributes, axes, strict=True):
+        for level in (0, 1):
+            axis.axhline(level, color="0.6", lw=0.7, zorder=1)
+        for model in dict.fromkeys(row["model"] for row in rows if row["attribute"] == attribute):
+            line = [row for row in rows if row["attribute"] == attribute and row["model"] == model]
+            x, mean, low, high = (np.array([row[name] for row in line]) for name in (key, "mean", "low", "high"))
+            colour, mark = shown[model]
+            text = f"{words(model)} (n = {max(row['n'] for row in line)})"
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+            every = max(1, len(x) // 10)
+            axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
+        axis.set_title(words(attribute))
+        axis.set(xlabel="share of depth" if relative else "decoder layer", ylabel="recovery rate")
+        if not relative:
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _same_scale(axes, rows)
+    return figure
+
+
+def plot_segments(runs: Sequence[xr.Dataset], folder: Path, name: str = "segments") -> list[Path]:
+    """Mean recovery of each segment of the text over layers, one panel per token-wise run, with 95 % bands.
+
+    Raises:
+        ValueError: none of the runs is token-wise.
+        StoreError: a file cannot be written.
+    """
+    rows = segment_rows(runs)
+    with styled():
+        return save(draw_segments(rows), folder, name, as_csv(rows))
+
+
+def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
+    """What `plot_segments` draws: one row per run, segment and layer."""
+    rows: Rows = []
+    for run in runs:
+        info = about(run)
+        if info.granularity != "token" or not bool(run["kept"].any()):
+            continue
+        profiles = segment_profiles(run)
+        for segment in profiles["segment"].values:
+            line = profiles.sel(segment=segment)
+            for index, layer in enumerate(line["layer"].values):
+                numbers = {key: float(line[key][index]) for key in ("mean", "low", "high")}
+                place = {"segment": str(segment), "tokens": float(line["tokens"]), "layer": int(layer)}
+                rows.append({"run": info.title, **place, **numbers, "n": int(line["n"][index])})
+    if not rows:
+        raise ValueError("segment profiles need a token-wise run (granularity=token) of which samples count")
+    return rows
+
+
+def draw_segments(rows: Rows) -> Figure:
+    """The picture of `plot_segments` from its rows; to be called within `styled()`."""
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    figure, axes = panels(len(names), 3.1, 2.2, gap=1.25)
+    for name, axis in zip(names, axes, strict=True):
+        of_run = [row for row in rows if row["run"] == name]
+        axis.axhline(0, color="0.6", lw=0.7, zorder=1)
+        for segment in dict.fromkeys(row["segment"] for row in of_run):
+            line = [row for row in of_run if row["segment"] == segment]
+            x, mean, low, high = (np.array([row[key] for row in line]) for key in ("layer", "mean", "low", "high"))
+            colour = ROLE_COLOURS.get(segment, "0.3")
+            tokens = line[0]["tokens"]
+            text = f"{segment}, {tokens:.3g} token{'' if tokens == 1 else 's'}"
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+            axis.plot(x, mean, color=colour, lw=1.4, label=text, ls="--" if segment == "template" else "-")
+        axis.set_title(f"{words(name)} (n = {max(row['n'] for row in of_run)})")
+        axis.set(xlabel="decoder layer", ylabel="recovery rate, mean of a token")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _same_scale(axes, rows)
+    return figure
+
+
+def plot_ledger(runs: Sequence[xr.Dataset], folder: Path, name: str = "ledger") -> list[Path]:
+    """How many samples of each class count, and why the others do not: one panel per run.
+
+    Raises:
+        ValueError: no run.
+        StoreError: a file cannot be written.
+    """
+    rows = ledger_rows(runs)
+    with styled():
+        return save(draw_ledger(rows), folder, name, as_csv(rows))
+
+
+def ledger_rows(runs: Sequence[xr.Dataset]) -> Rows:
+    """What `plot_ledger` draws: one row per run, class and reason."""
+    if not runs:
+        raise ValueError("the ledger needs at least one run")
+    rows: Rows = []
+    for run in runs:
+        info, table = about(run), exclusion_table(run)
+        run_name = f"{info.title}, {info.granularity}"
+        for text in table["label"].values:
+            for reason in table["reason"].values:
+                count = int(table.sel(label=text, reason=reason))
+                rows.append({"run": run_name, "class": str(text), "reason": str(reason), "samples": count})
+    return rows
+
+
+def draw_ledger(rows: Rows) -> Figure:
+    """The picture of `plot_ledger` from its rows; to be called within `styled()`."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    reasons = sorted({row["reason"] for row in rows} - {KEPT})
+    palette = seaborn.color_palette("colorblind")
+    colours = {KEPT: palette[0], **{reason: palette[1 + k] for k, reason in enumerate(reasons)}}
+    hatches = {KEPT: "", **{reason: ("///", "...", "xxx", "---")[k % 4] for k, reason in enumerate(reasons)}}
+    figure, axes = panels(len(runs), 3.1, 2.2, gap=1.0)
+    for run, axis in zip(runs, axes, strict=True):
+        of_run = [row for row in rows if row["run"] == run]
+        classes = list(dict.fromkeys(row["class"] for row in of_run))
+        left = np.zeros(len(classes))
+        for reason in (KEPT, *reasons):
+            counts = {row["class"]: row["samples"] for row in of_run if row["reason"] == reason}
+            widths = np.array([counts.get(name, 0) for name in classes], float)
+            axis.barh(
+                range(len(classes)),
+                widths,
+                left=left,
+                color=colours[reason],
+                hatch=hatches[reason],
+                edgecolor="white",
+                lw=0.5,
+                label=f"{reason} ({int(widths.sum())})",
+            )
+            left += widths
+        axis.set_yticks(range(len(classes)), [label(name) for name in classes])
+        axis.invert_yaxis()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(f"{words(run)} (n = {int(left.sum())})")
+        axis.set_xlabel("clips")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
+    return figure
+
+
+def _same_scale(axes: Sequence[Any], rows: Rows) -> None:
+    """One vertical scale for all panels, wide enough for the bands."""
+    ends = [value for row in rows for value in (row["mean"], row["low"], row["high"]) if not np.isnan(value)]
+    bottom, top = min([-0.1, *(end - 0.05 for end in ends)]), max([1.1, *(end + 0.05 for end in ends)])
+    for axis in axes:
+        axis.set_ylim(bottom, top)

@@ -1,0 +1,179 @@
+"""From finished runs to the page: numbers, figures, checks and provenance, put into the template."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from lalm_patch.analysis import (
+    about,
+    accuracy,
+    check_claims,
+    compare,
+    exclusion_table,
+    fusion,
+    lost_classes,
+    mean_recovery,
+    object_effect,
+    peak_interval,
+    peak_layer,
+    planted_window,
+    ratio_of_means,
+    relevant,
+    run_settings,
+    why_none_counts,
+)
+from lalm_patch.checks import from_json
+from lalm_patch.errors import StoreError
+from lalm_patch.figures import draw_run, plot_layers, plot_ledger, plot_segments, rendered, styled
+from lalm_patch.journal import storage_error
+from lalm_patch.report.explorer import Sounds, explore
+from lalm_patch.store import JOURNAL, RESULT, open_result
+
+log = logging.getLogger(__name__)
+
+PAGE = "report.html"
+FIGURES = "figures"
+SHOWN_APART = ("settings", "checks", "command")
+
+
+def find_runs(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders of finished runs at or below `folder`, and of ones that are not finished.
+
+    Raises:
+        StoreError: there is no finished run.
+    """
+    finished = sorted(path.parent for path in folder.rglob(RESULT))
+    unfinished = sorted({path.parent for path in folder.rglob(JOURNAL)} - set(finished))
+    if not finished:
+        more = f"; {len(unfinished)} not finished" if unfinished else ""
+        raise StoreError(f"there is no finished run at {folder}{more}: give a run's folder, or a folder of runs")
+    return finished, unfinished
+
+
+def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: bool = True) -> Path:
+    """Write one HTML page on the runs at or below a folder; it needs no network and no other file.
+
+    Args:
+        folder: a run's folder, or a folder of runs.
+        page: where to write; by default `report.html` in the folder. Figures over all runs go into the folder
+            `figures` beside it, as PNG, PDF and the drawn numbers as CSV; each run's own lie with the run.
+        clips: clips per run in the explorer.
+        audio: whether their sound is put into the page.
+
+    Raises:
+        StoreError: no finished run, a damaged one, or a page that cannot be written.
+    """
+    finished, unfinished = find_runs(folder)
+    runs = [open_result(path) for path in finished]
+    page = folder / PAGE if page is None else page
+    figures = page.parent / FIGURES
+    sounds: Sounds = {}
+    explored = [explore(run, clips, audio, sounds) for run in runs]
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, figures, "making the folder of figures") from error
+    text = _template().render(
+        title=_title(runs),
+        runs=[_run(run, path) for run, path in zip(runs, finished, strict=True)],
+        unfinished=[str(path) for path in unfinished],
+        findings=relevant(check_claims(runs)),
+        comparisons=compare(runs),
+        figures=_shared_figures(runs, figures),
+        explorer={"runs": [run for run in explored if run["clips"]], "sounds": list(sounds)},
+    )
+    try:
+        page.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise storage_error(error, page, "writing the report") from error
+    return page
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("lalm_patch.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["number"] = lambda value: "-" if value is None or np.isnan(value) else f"{value:z.2f}"
+    return environment.get_template("template.html")
+
+
+def _title(runs: Sequence[xr.Dataset]) -> str:
+    if len(runs) == 1:
+        return str(runs[0].attrs.get("title", "Causal tracing"))
+    models = {about(run).model for run in runs}
+    attributes = {about(run).attribute for run in runs}
+    return f"Causal tracing: {len(runs)} runs, {len(models)} models, {len(attributes)} attributes"
+
+
+def _run(run: xr.Dataset, path: Path) -> dict[str, Any]:
+    """Everything the page says about one run, as plain values."""
+    info = about(run)
+    recovery = mean_recovery(run, seed=info.seed)
+    with styled():
+        picture = rendered(draw_run(run, recovery), "png")
+    table = exclusion_table(run)
+    counts = bool(run["kept"].any())
+    last = recovery.isel(token=-1) if "token" in recovery.dims else recovery
+    peak = peak_layer(run, recovery)
+    effect = object_effect(run, seed=info.seed) if counts and info.granularity == "token" else None
+    return {
+        "info": info,
+        "folder": path.name,
+        "n": run.sizes["sample"],
+        "kept": int(run["kept"].sum()),
+        "groups": int(recovery["groups"].max()),
+        "accuracy": accuracy(run),
+        "fusion": fusion(run),
+        "peak": peak,
+        "peak_between": peak_interval(run),
+        "mean_of_ratios": float(last["mean"].mean()),
+        "ratio_of_means": float(ratio_of_means(run, n_resamples=2)["mean"].mean()) if counts else np.nan,
+        "effect": effect,
+        "planted": planted_window(run),
+        "nothing": "" if counts else why_none_counts(run),
+        "notes": lost_classes(run),
+        "ledger": {
+            "reasons": [str(reason) for reason in table["reason"].values],
+            "rows": [(str(name), [int(x) for x in table.sel(label=name).values]) for name in table["label"].values],
+        },
+        "checks": from_json(str(run.attrs.get("checks", "[]"))),
+        "command": str(run.attrs.get("command", "")),
+        "settings": json.dumps(run_settings(run), indent=1),
+        "provenance": {key: str(value) for key, value in run.attrs.items() if key not in SHOWN_APART},
+        "picture": _embedded(picture),
+    }
+
+
+def _shared_figures(runs: Sequence[xr.Dataset], folder: Path) -> list[dict[str, str]]:
+    """Figures over all runs, written beside the page and embedded in it."""
+    layer_wise = [run for run in runs if about(run).granularity == "layer" and bool(run["kept"].any())]
+    token_wise = [run for run in runs if about(run).granularity == "token" and bool(run["kept"].any())]
+    drawn = []
+    if layer_wise:
+        text = "Mean recovery over layers; bands are 95 % intervals over groups."
+        drawn.append(("Figure 2", text, plot_layers(layer_wise, folder)))
+        if len({about(run).layers for run in layer_wise}) > 1:
+            text = "The same against the share of depth, so that models of different depth compare."
+            drawn.append(("Figure 2, relative depth", text, plot_layers(layer_wise, folder, "figure2_relative", True)))
+    if token_wise:
+        text = "Mean recovery of one token of each segment; bands are 95 % intervals over groups."
+        drawn.append(("Segments", text, plot_segments(token_wise, folder)))
+    drawn.append(("Who counts", "Clips by class and reason of exclusion.", plot_ledger(runs, folder)))
+    found = []
+    for title, text, files in drawn:
+        png = next(path for path in files if path.suffix == ".png")
+        found.append({"title": title, "text": text, "name": png.stem, "picture": _embedded(png.read_bytes())})
+    return found
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,114 @@
+"""Figures of several runs and of one clip: the numbers beside them, and what is drawn from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from benchmarks.simulation import ROLES, Planted, simulate
+from lalm_patch.analysis import mean_recovery
+from lalm_patch.errors import DataError
+from lalm_patch.figures import plot_clip, plot_layers, plot_ledger, plot_segments, styled
+from lalm_patch.figures.style import in_order, looks
+from lalm_patch.figures.sweep import draw_layers, layer_rows
+
+
+def rows_of(files: list[Path]) -> list[dict[str, str]]:
+    kinds = {path.suffix: path for path in files}
+    assert kinds[".png"].read_bytes().startswith(b"\x89PNG")
+    assert kinds[".pdf"].read_bytes().startswith(b"%PDF")
+    return list(csv.DictReader(io.StringIO(kinds[".csv"].read_text())))
+
+
+def sweep(attributes: tuple[str, ...] = ("gender", "animal"), token_wise: bool = False) -> list[xr.Dataset]:
+    planted = {"voxtral": Planted(layers=16, centre=6.0), "qwen2_audio": Planted(layers=20, centre=15.0)}
+    return [
+        simulate(truth, seed=index, groups=12, token_wise=token_wise, name=(model, attribute))
+        for index, (model, truth) in enumerate(planted.items())
+        for attribute in attributes
+    ]
+
+
+def test_figure_2_holds_every_run_and_its_n(tmp_path: Path) -> None:
+    runs = sweep()
+    rows = rows_of(plot_layers(runs, tmp_path))
+    assert len(rows) == 2 * (16 + 20)
+    for run, model, attribute in zip(
+        runs, ["voxtral"] * 2 + ["qwen2_audio"] * 2, ["gender", "animal"] * 2, strict=True
+    ):
+        of_run = [row for row in rows if (row["model"], row["attribute"]) == (model, attribute)]
+        expected = run.recovery_rate.mean("sample")
+        np.testing.assert_allclose([float(row["mean"]) for row in of_run], expected)
+        assert {row["n"] for row in of_run} == {str(run.sizes["sample"])}
+        assert float(of_run[-1]["depth"]) == 1.0
+    first = (tmp_path / "figure2.png").read_bytes()
+    plot_layers(runs, tmp_path)
+    assert (tmp_path / "figure2.png").read_bytes() == first
+
+
+def test_drawn_lines_and_legends_are_the_rows() -> None:
+    runs = sweep()
+    rows = layer_rows(runs)
+    with styled():
+        figure = draw_layers(rows, relative=True)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["animal", "gender"]
+    curves = [line for line in figure.axes[1].lines if len(line.get_xdata()) in (16, 20)]
+    assert sorted(line.get_label() for line in curves) == [
+        f"qwen2_audio (n = {runs[2].sizes['sample']})",
+        f"voxtral (n = {runs[0].sizes['sample']})",
+    ]
+    for line, run in zip(curves, (runs[0], runs[2]), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), mean_recovery(run)["mean"])
+        assert line.get_xdata()[-1] == 1.0
+
+
+def test_models_of_the_paper_always_look_the_same() -> None:
+    few, many = looks(["voxtral"]), looks(["voxtral", "another", "desta2"])
+    assert few["voxtral"] == many["voxtral"]
+    assert len(set(looks(["x", "y"]).values())) == 7
+    assert in_order(["pet", "language", "animal"]) == ["animal", "language", "pet"]
+
+
+def test_segment_figure_holds_the_profiles(tmp_path: Path) -> None:
+    (run,) = sweep(("gender",), token_wise=True)[:1]
+    rows = rows_of(plot_segments([run], tmp_path))
+    early = [float(row["mean"]) for row in rows if row["segment"] == "early"]
+    expected = run.recovery_rate.values[:, :, np.array(ROLES) == "early"].mean(axis=(0, 2))
+    np.testing.assert_allclose(early, expected)
+    with pytest.raises(ValueError, match="token-wise"):
+        plot_segments(sweep(), tmp_path)
+    with pytest.raises(ValueError, match="layer-wise"):
+        plot_layers([run], tmp_path)
+
+
+def test_ledger_counts_every_clip_once(tmp_path: Path) -> None:
+    (run,) = sweep(("gender",))[:1]
+    reasons = run.exclusion.values.copy()
+    reasons[:5] = "clean prediction wrong"
+    run = run.assign(exclusion=("sample", reasons), kept=("sample", reasons == ""))
+    rows = rows_of(plot_ledger([run], tmp_path))
+    assert sum(int(row["samples"]) for row in rows) == run.sizes["sample"]
+    counts = {(row["class"], row["reason"]): int(row["samples"]) for row in rows}
+    assert counts["cat", "clean prediction wrong"] == 5
+    assert counts["dog", "kept"] == 0
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_clip_figure_holds_the_clips_own_rates(tmp_path: Path, token_wise: bool) -> None:
+    run = simulate(Planted(layers=6, centre=3.0), seed=1, groups=4, token_wise=token_wise)
+    waveform = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    rows = rows_of(plot_clip(run, "clip2", waveform, tmp_path))
+    expected = run.recovery_rate.sel(sample="clip2").values.ravel()
+    np.testing.assert_allclose([float(row["recovery_rate"]) for row in rows], expected)
+    plot_clip(run, "clip2", np.zeros(100), tmp_path)  # silence, shorter than a window of the spectrogram
+    with pytest.raises(DataError, match="no clip 'other'"):
+        plot_clip(run, "other", waveform, tmp_path)
+    dropped = run.assign(kept=("sample", np.zeros(run.sizes["sample"], bool)))
+    with pytest.raises(DataError, match="was not patched"):
+        plot_clip(dropped, "clip2", waveform, tmp_path)
