@@ -1,8 +1,8 @@
 """Sweeps: which runs are submitted, where, and how their end is noticed.
 
-Hydra finds launchers in the namespace `hydra_plugins` only; the classes there are the ones below under a name it accepts.
-A launcher here plans the sweep, leaves out what is finished, hands the rest to Hydra's own launcher of that kind and takes
-the outcome from the run folders: what a scheduler says about a job is not what became of the run.
+Hydra finds launchers in the namespace `hydra_plugins` only; the classes there are those below under a name it accepts.
+A launcher here plans the sweep, leaves out what is finished, hands the rest to Hydra's own launcher of that kind and
+takes the outcome from the run folders: what a scheduler says about a job is not what became of the run.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ class RunSettings:
         seed: seed of the spot checks and of the bootstrap.
         on_failed_check: stop, or warn (store the failed check and go on).
         threads: CPU threads for torch; null leaves torch's choice.
-        shard: null for all clips, or `i/n`: this process does part i (from 1) of the clips, dealt to n processes that may
-            run at once; the last one to end writes the run's result.
+        shard: null for all clips, or `i/n`: this process does part i (from 1) of the clips, dealt to n processes that
+            may run at once; the last one to end writes the run's result.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -35,8 +35,9 @@ class SlurmSweep(SweepLauncher):
 
     def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
         """See `SweepLauncher`. Returns when no job of these runs is left in the queue."""
-        queue = self._settled_queue([job for run in runs if (job := recorded_job(run.folder))])
-        jobs = {run.folder: job for run in runs if (job := recorded_job(run.folder)) in queue}
+        recorded = {run.folder: job for run in runs if (job := recorded_job(run.folder)) is not None}
+        queue = self._settled_queue(list(recorded.values()))
+        jobs = {folder: job for folder, job in recorded.items() if job in queue}
         numbers = [i for i, run in enumerate(runs) if run.folder not in jobs]
         for job in jobs.values():
             log.info("in the queue already, not submitted again: job %s", job)
@@ -135,7 +136,7 @@ def recorded_job(folder: Path) -> str | None:
 
 
 def read_queue() -> dict[str, tuple[str, str]] | None:
-    """State and reason of the user's jobs that are queued, running or being ended, by id; None if Slurm cannot say now."""
+    """State and reason of the user's jobs in the queue (waiting, running, ending), by id; None if Slurm cannot say now."""
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
