@@ -56,7 +56,8 @@ def main() -> None:
         ["its matrix products alone", limit, 1.0],
     ]
     notes = [f"{len(grid.cells)} cells, {len(calls)} products, {operations / limit / 1e9:.0f} GFLOP/s in the products."]
-    emit([Table("Replay and its matrix products", ["", "seconds", "ratio"], rows, notes)], options)
+    size = f"{options.layers} layers, hidden {options.hidden}, {options.audio} audio and {options.text} text positions"
+    emit([Table(f"Replay and its matrix products: {size}", ["", "seconds", "ratio"], rows, notes)], options)
 
 
 def _sized(calls: list[tuple[nn.Linear, tuple[int, ...]]]) -> list[tuple[nn.Linear, torch.Size]]:

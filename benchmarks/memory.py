@@ -52,7 +52,8 @@ def main() -> None:
             ]
         )
     columns = ["", "peak, MiB", "ratio", "beyond the loaded model, MiB", "ratio "]
-    emit([Table("Peak resident memory", columns, rows)], options)
+    size = f"{options.layers} layers, hidden {options.hidden}, {options.audio} audio and {options.text} text positions"
+    emit([Table(f"Peak resident memory: {size}", columns, rows)], options)
 
 
 def child(options: argparse.Namespace) -> tuple[int, int]:

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "performance.md"
 FIGURE = HERE.parent / "docs" / "figures" / "performance.png"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PICTURE = "![Time per cell beside other tools, and how replay's time grows](figures/performance.png)"
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "peers": ("peers.py",),
     "peers, Qwen2-Audio": ("peers.py", "--shape=qwen2_audio"),
@@ -68,7 +69,7 @@ def _slug(name: str) -> str:
 
 def write(results: dict[str, dict[str, object]]) -> None:
     """Put the tables between the page's markers."""
-    blocks = [BEGIN]
+    blocks = [BEGIN, PICTURE]
     for name, result in results.items():
         blocks.append(f"### {name[0].upper()}{name[1:]}\n\n{result['machine']}")
         blocks += [table.markdown().rstrip() for table in _tables(result)]
