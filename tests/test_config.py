@@ -45,7 +45,15 @@ def test_every_change_that_matters_changes_the_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["outputs=elsewhere", "threads=1", "engine.pack_tokens=99", "on_failed_check=warn", "model.device=cpu"]
+    "change",
+    [
+        "outputs=elsewhere",
+        "threads=1",
+        "shard=1/2",
+        "engine.pack_tokens=99",
+        "on_failed_check=warn",
+        "model.device=cpu",
+    ],
 )
 def test_where_and_how_fast_does_not_change_the_folder(change: str) -> None:
     assert compose(change).run_name == compose().run_name
