@@ -68,8 +68,7 @@ class CollectedRun:
     def place(self, by: Sequence[str] = ()) -> tuple[str, ...]:
         """Model, attribute and granularity by their names, then the values of further settings as text."""
         assert self.identity is not None
-        values = (json.loads(self.identity[key]) for key in (*NAMES, *by))
-        texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
+        texts = (self.identity[key].removeprefix('"').removesuffix('"') for key in (*NAMES, *by))
         return tuple(text.replace("/", "_") for text in texts)  # a slash would be a level of the tree
 
 
