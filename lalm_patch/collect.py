@@ -39,6 +39,10 @@ from lalm_patch.store import JOURNAL, RECEIPT, open_result
 
 FILE = "collected.nc"
 
+NAMES = ("model.name", "attr.name", "granularity.name")
+DIMS = ("model", "attribute", "granularity")
+"""What runs may differ in without being asked: the identity's keys, and what the dimensions are called."""
+
 COVERED = ("data.root", "model.id", "engine.name", "engine.spot_checks")
 """Not compared: the checksums of clips and weights say more than where they lie, and engines prove themselves equal."""
 
@@ -61,28 +65,30 @@ class CollectedRun:
     recovery: xr.Dataset | None = None
     peak: Peak | None = None
 
-    @property
-    def place(self) -> tuple[str, str, str]:
-        """Model, attribute and granularity, by their names."""
+    def place(self, by: Sequence[str] = ()) -> tuple[str, ...]:
+        """Model, attribute and granularity by their names, then the values of further settings as text."""
         assert self.identity is not None
-        names = (self.identity[f"{axis}.name"] for axis in ("model", "attr", "granularity"))
-        model, attribute, granularity = (str(json.loads(name)) for name in names)
-        return model, attribute, granularity
+        texts = (self.identity[key].removeprefix('"').removesuffix('"') for key in (*NAMES, *by))
+        return tuple(text.replace("/", "_") for text in texts)  # a slash would be a level of the tree
 
 
-def collect(*folders: Path | str, where: Sequence[str] = (), allow: Sequence[str] = ()) -> xr.DataTree:
+def collect(
+    *folders: Path | str, where: Sequence[str] = (), by: Sequence[str] = (), allow: Sequence[str] = ()
+) -> xr.DataTree:
     """The finished runs below some folders as one tree; checksums verified. Nothing is written.
 
     Args:
         folders: folders of runs, or run folders.
         where: conditions `key=value` on what a run was made with, e.g. `data.limit=100`; others are left out.
+        by: further settings the sweep varied, e.g. `data.seed`: each becomes a dimension of the summary and a level of
+            the tree, `/runs/<model>/<attribute>/<granularity>/<value>`.
         allow: keys (or patterns, `version of *`) in which the runs may differ although that makes them hard to compare.
 
     Raises:
         DataError: no finished run; or runs that are not comparable, with the keys in which they differ.
         StoreError: a run is damaged.
     """
-    return build_tree(_matching(read_runs(folders), where), allow)
+    return build_tree(_matching(read_runs(folders), where), by, allow)
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[CollectedRun]:
@@ -138,7 +144,7 @@ def _matching(runs: Sequence[CollectedRun], where: Sequence[str]) -> list[Collec
     ]
 
 
-def build_tree(runs: Sequence[CollectedRun], allow: Sequence[str] = ()) -> xr.DataTree:
+def build_tree(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Sequence[str] = ()) -> xr.DataTree:
     """The tree of the finished ones among `runs`; see `collect` for what is raised."""
     if damaged := [run.status for run in runs if run.status.state is State.DAMAGED]:
         raise StoreError("; ".join(run.note for run in damaged))
@@ -147,37 +153,40 @@ def build_tree(runs: Sequence[CollectedRun], allow: Sequence[str] = ()) -> xr.Da
         counts = Counter(run.status.state for run in runs)
         there = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none at all"
         raise DataError(f"no finished run to collect, but {there}; run their commands again, they go on")
-    if reasons := incomparable(finished, allow):
+    for key in by:
+        if any(run.identity is None or key not in run.identity for run in finished):
+            raise DataError(f"--by {key}: not every run has such a setting; name one like data.seed or prompt.order")
+    if reasons := incomparable(finished, by, allow):
         raise DataError(
             "these runs are not comparable:\n  " + "\n  ".join(reasons) + "\n"
-            "Name the runs that belong together (folders, or --where key=value), or allow a difference by --allow key"
+            "Choose the runs that belong together (folders, or --where key=value), make what the sweep varied a "
+            "dimension (--by key), or let a difference pass (--allow key)"
         )
-    nodes: dict[str, xr.Dataset] = {"/": _root(finished, runs), "/summary": _summary(finished)}
+    nodes: dict[str, xr.Dataset] = {"/": _root(finished, runs, by), "/summary": _summary(finished, by)}
     for run in finished:
         assert run.dataset is not None
-        nodes["/runs/" + "/".join(run.place)] = run.dataset
+        nodes["/runs/" + "/".join(run.place(by))] = run.dataset
     return xr.DataTree.from_dict({path: sanitise(dataset) for path, dataset in nodes.items()})
 
 
-def incomparable(runs: Sequence[CollectedRun], allow: Sequence[str] = ()) -> list[str]:
+def incomparable(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Sequence[str] = ()) -> list[str]:
     """Why finished runs must not be put side by side: one sentence per key; empty if they may.
 
-    Runs differ in model, attribute and granularity; what belongs to one of those must be the same wherever it is the
-    same one (a model's weights and precision, an attribute's clips and question), and everything else throughout.
+    Runs differ in model, attribute, granularity and the settings `by`. What belongs to one of those must be the same
+    wherever it is the same one (a model's weights and precision, an attribute's clips and question), and everything
+    else throughout.
     """
     reasons: list[str] = []
-    differing: set[tuple[str, str]] = set()
 
     def compare(group: Sequence[CollectedRun], owner: str, belongs: Callable[[str], bool]) -> None:
         keys = sorted({key for run in group for key in _facts(run) if belongs(key)})
         for key in keys:
-            if key in COVERED or any(fnmatch(key, pattern) for pattern in allow):
+            if key in COVERED or key in by or any(fnmatch(key, pattern) for pattern in allow):
                 continue
             values: dict[str, list[str]] = defaultdict(list)
             for run in group:
                 values[_facts(run).get(key, "nothing")].append(run.status.folder.name)
             if len(values) > 1:
-                differing.add((owner, key))
                 sides = "; ".join(f"{value[:80]} in {_some(names)}" for value, names in values.items())
                 reasons.append(f"{key} differs{owner}: {sides}")
 
@@ -185,15 +194,17 @@ def incomparable(runs: Sequence[CollectedRun], allow: Sequence[str] = ()) -> lis
         return key.partition(".")[0] not in ("model", "attr", "granularity") and key not in ("clips", "weights")
 
     compare(runs, "", common)
-    for axis, (prefix, checksum) in enumerate((("model.", "weights"), ("attr.", "clips"))):
-        for name, group in _grouped(runs, lambda run, axis=axis: run.place[axis]):  # type: ignore[misc]
-            owner = f" between runs of {name}"
+    for axis, prefix, checksum in ((0, "model.", "weights"), (1, "attr.", "clips")):
+        for _, group in _grouped(runs, lambda run, axis=axis: (run.place()[axis], *run.place(by)[3:])):  # type: ignore[misc]
+            owner = f" between runs of {group[0].place()[axis]}"
             compare(group, owner, lambda key, p=prefix, c=checksum: key.startswith(p) or key == c)  # type: ignore[misc]
-    for name, group in _grouped(runs, lambda run: f"{run.place[0]} by {run.place[2]}"):
-        compare(group, f" between runs of {name}", lambda key: key.startswith("granularity."))
-    for place, group in _grouped(runs, lambda run: "/".join(run.place)):
+    for _, group in _grouped(runs, lambda run: (run.place()[0], *run.place(by)[2:])):
+        owner = f" between runs of {group[0].place()[0]} by {group[0].place()[2]}"
+        compare(group, owner, lambda key: key.startswith("granularity."))
+    for place, group in _grouped(runs, lambda run: run.place(by)):
         if len(group) > 1:
-            reasons.append(f"{len(group)} runs are {place}: {_some([run.status.folder.name for run in group])}")
+            names = _some([run.status.folder.name for run in group])
+            reasons.append(f"{len(group)} runs are {'/'.join(place)}: {names}")
     return reasons
 
 
@@ -205,9 +216,9 @@ def _facts(run: CollectedRun) -> dict[str, str]:
 
 
 def _grouped(
-    runs: Sequence[CollectedRun], key: Callable[[CollectedRun], str]
-) -> Iterable[tuple[str, list[CollectedRun]]]:
-    groups: dict[str, list[CollectedRun]] = defaultdict(list)
+    runs: Sequence[CollectedRun], key: Callable[[CollectedRun], tuple[str, ...]]
+) -> Iterable[tuple[tuple[str, ...], list[CollectedRun]]]:
+    groups: dict[tuple[str, ...], list[CollectedRun]] = defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
     return groups.items()
@@ -217,11 +228,11 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _root(finished: Sequence[CollectedRun], runs: Sequence[CollectedRun]) -> xr.Dataset:
+def _root(finished: Sequence[CollectedRun], runs: Sequence[CollectedRun], by: Sequence[str]) -> xr.Dataset:
     facts = [_facts(run) for run in finished]
     common = {key: value for key, value in facts[0].items() if all(other.get(key) == value for other in facts)}
     left_out = {run.status.folder.name: str(run.status.state) for run in runs if run.dataset is None}
-    receipts = {"/".join(run.place): run.status.folder.name for run in finished}
+    receipts = {"/".join(run.place(by)): run.status.folder.name for run in finished}
     return xr.Dataset(
         attrs={
             "title": f"Causal tracing, {len(finished)} runs",
@@ -232,19 +243,19 @@ def _root(finished: Sequence[CollectedRun], runs: Sequence[CollectedRun]) -> xr.
     )
 
 
-def _summary(runs: Sequence[CollectedRun]) -> xr.Dataset:
-    """The numbers that all runs have, over model, attribute, granularity and layer; NaN where there is no run."""
-    axes = [sorted({run.place[axis] for run in runs}) for axis in range(3)]
+def _summary(runs: Sequence[CollectedRun], by: Sequence[str]) -> xr.Dataset:
+    """The numbers that all runs have, over model, attribute, granularity, `by` and layer; NaN where there is no run."""
+    dims = (*DIMS, *by)
+    axes = [sorted({run.place(by)[axis] for run in runs}) for axis in range(len(dims))]
     layers = sorted({int(layer) for run in runs if run.recovery is not None for layer in run.recovery["layer"].values})
     shape = tuple(len(axis) for axis in axes)
-    dims = ("model", "attribute", "granularity")
     curves = {name: np.full((*shape, len(layers)), np.nan) for name in ("mean", "low", "high")}
     per_run = ("n_samples", "n_kept", "peak_layer", "peak_recovery", "accuracy_clean", "accuracy_corrupted", "chance")
     numbers = {name: np.full(shape, np.nan) for name in (*per_run, "checks", "checks_passed")}
     for run in runs:
         assert run.dataset is not None
         assert run.recovery is not None
-        at = tuple(axis.index(name) for axis, name in zip(axes, run.place, strict=True))
+        at = tuple(axis.index(name) for axis, name in zip(axes, run.place(by), strict=True))
         for cell in over_layers(run.recovery):
             for name in curves:
                 curves[name][(*at, layers.index(cell.layer))] = getattr(cell, name)
@@ -336,13 +347,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of runs (outputs), or run folders")
     parser.add_argument("--output", type=Path, help=f"the file to write; default: {FILE} in the first folder")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only runs made with this")
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="KEY", help="what else the sweep varied; repeatable"
+    )
     parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="a key that may differ; repeatable")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that holds other runs")
     options = parser.parse_args(arguments)
     try:
         runs = _matching(read_runs(options.folders), options.where)
         print(table(runs))
-        tree = build_tree(runs, options.allow)
+        tree = build_tree(runs, options.by, options.allow)
         path = options.output or Path(options.folders[0]) / FILE
         did = write_tree(tree, path, overwrite=options.overwrite)
         collected = len(json.loads(tree.attrs["runs"]))

@@ -136,7 +136,7 @@ def recorded_job(folder: Path) -> str | None:
 
 
 def read_queue() -> dict[str, tuple[str, str]] | None:
-    """State and reason of the user's jobs in the queue (waiting, running, ending), by id; None if Slurm cannot say now."""
+    """State and reason of the user's jobs in the queue (also ending ones), by id; None if Slurm cannot say now."""
     command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

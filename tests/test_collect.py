@@ -159,6 +159,25 @@ def test_other_clips_and_a_place_taken_twice(outputs: Path) -> None:
     assert tree["summary"].sizes == {"model": 2, "attribute": 2, "granularity": 1, "layer": 5}
 
 
+def test_what_a_sweep_varied_besides_becomes_a_dimension(tmp_path: Path) -> None:
+    for seed in range(3):
+        for attribute in ("gender", "animal"):
+            write(tmp_path, f"attr={attribute}", f"data.seed={seed}", clips=f"{attribute} {seed}")
+    with pytest.raises(DataError, match=r"data\.seed differs: 0 in .*; 1 in .*; 2 in "):
+        collect(tmp_path)
+    tree = collect(tmp_path, by=["data.seed"])
+    summary = tree["summary"].to_dataset()
+    assert summary.sizes == {"model": 1, "attribute": 2, "granularity": 1, "data.seed": 3, "layer": 4}
+    assert summary["n_samples"].sum() == 6 * SAMPLES
+    dataset = tree["runs/demo/animal/layer/2"].to_dataset()
+    assert json.loads(dataset.attrs["settings"])["data"]["seed"] == 2
+    with pytest.raises(DataError, match="--by nothing: not every run has such a setting"):
+        collect(tmp_path, by=["nothing"])
+    write(tmp_path, "attr=animal", "data.seed=1", "data.limit=3", clips="others")
+    with pytest.raises(DataError, match="clips differs between runs of animal"):
+        collect(tmp_path, by=["data.seed"], allow=["data.limit"])
+
+
 def test_conditions_that_name_nothing(outputs: Path) -> None:
     with pytest.raises(DataError, match=r"--where data\.limt: no run has such a setting; there are .*data\.limit"):
         collect(outputs, where=["data.limt=6"])

@@ -51,6 +51,7 @@ def test_every_change_that_matters_changes_the_folder() -> None:
         "threads=1",
         "engine.pack_tokens=99",
         "engine.memory_budget=2.5",
+        "shard=1/2",
         "on_failed_check=warn",
         "model.device=cpu",
     ],

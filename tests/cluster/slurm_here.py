@@ -119,12 +119,13 @@ class SlurmHere:
 
     def _end_jobs(self) -> None:
         """No job outlives the test; a controller that never came up has none."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             done = subprocess.run(["squeue", "-h"], env=self.environment, capture_output=True, text=True)
             if done.returncode or not done.stdout.strip():
                 return
-            subprocess.run(["scancel", "--user", _user()], env=self.environment, check=False)
+            for signal_name in ([], ["--signal=KILL"]):
+                subprocess.run(["scancel", *signal_name, "--user", _user()], env=self.environment, check=False)
             time.sleep(0.5)
 
     def _start_munge(self) -> None:

@@ -40,10 +40,16 @@ LAUNCHER = (
 def slurm() -> Iterator[SlurmHere]:
     with tempfile.TemporaryDirectory(prefix="slurm") as folder, SlurmHere(Path(folder), nodes=2) as running:
         yield running
+        for process in _started:  # of a test that failed; one that ended takes no harm
+            process.kill()
+            process.wait()
+
+
+_started: list[subprocess.Popen[str]] = []
 
 
 def start(slurm: SlurmHere, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "lalm_patch", "-m", *LAUNCHER, *arguments],
         cwd=folder,
         env={**slurm.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
@@ -51,6 +57,8 @@ def start(slurm: SlurmHere, folder: Path, *arguments: str) -> subprocess.Popen[s
         stderr=subprocess.STDOUT,
         text=True,
     )
+    _started.append(process)
+    return process
 
 
 def sweep(slurm: SlurmHere, folder: Path, *arguments: str) -> tuple[int, str]:
@@ -64,7 +72,7 @@ def run_folder(folder: Path, *overrides: str) -> Path:
 
 
 def wait_for_a_stored_sample(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not snapshot(folder / "journal.bin")[1]:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no sample was stored"
