@@ -145,7 +145,7 @@ def test_what_is_not_comparable_is_refused_by_name(
     assert reason in str(caught.value)
     assert odd.name in str(caught.value)
     key = reason.partition(" differs")[0]
-    assert "recovery_rate" in collect(outputs, allow=[key])["runs/demo/language/layer"].data_vars
+    assert "recovery_rate" in collect(outputs, allow=[key])["runs/demo/language/layer"]
 
 
 def test_other_clips_and_a_place_taken_twice(outputs: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_a_sweep_varied_besides_becomes_a_dimension(tmp_path: Path) -> None
     for seed in range(3):
         for attribute in ("gender", "animal"):
             write(tmp_path, f"attr={attribute}", f"data.seed={seed}", clips=f"{attribute} {seed}")
-    with pytest.raises(DataError, match=r"data\.seed differs: 0 in .*; 1 in .*; 2 in "):
+    with pytest.raises(DataError, match=r"data\.seed differs: 0 in .*; \d in .*; \d in "):
         collect(tmp_path)
     tree = collect(tmp_path, by=["data.seed"])
     summary = tree["summary"].to_dataset()
