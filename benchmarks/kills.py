@@ -33,7 +33,7 @@ from lalm_patch.tracing import Tracer
 IMPORTED = (LALM, Tracer, plot_run)
 """What a run imports when it needs it, here before the forks."""
 
-VARYING = {"created", "command", "settings", "seconds_of_last_process"}
+VARYING = {"created", "command", "settings", "seconds_of_last_process", "git_revision"}
 """Attributes that say when and how a run was made."""
 
 MOST_KILLS_OF_ONE_RUN = 4

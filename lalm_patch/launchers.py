@@ -111,7 +111,7 @@ class JoblibSweep(LocalSweep):
     """Several processes on this machine; right for a few CPU cores.
 
     A killed worker (out of memory) breaks joblib's pool and with it every other run. Those are started again as
-    long as every round gets further; the runs that always die are left for the summary.
+    long as every round stores more samples; the runs that always die are left for the summary.
     """
 
     def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
@@ -123,17 +123,23 @@ class JoblibSweep(LocalSweep):
             sys.exit("error: this launcher needs another package: pip install 'lalm_patch[joblib]'")
         remaining = list(zip(runs, overrides, strict=True))
         while remaining:
+            before = _stored(remaining)
             try:
                 self._hand_over(JoblibLauncher(**self.parameters), [given for _, given in remaining], first)
                 return
             except BrokenProcessPool as error:
                 log.warning("a worker process was killed, and the pool with it: %s", " ".join(str(error).split()))
             undone = [(run, given) for run, given in remaining if status(run.folder).state not in (*DONE, State.FAILED)]
-            if len(undone) == len(remaining):
-                log.error("no run got to its end in this round; %d are left as they are", len(undone))
+            if len(undone) == len(remaining) and _stored(remaining) <= before:
+                log.error("no run got any further in this round; %d are left as they are", len(undone))
                 return
             log.info("%d runs are started again", len(undone))
             remaining = undone
+
+
+def _stored(runs: list[tuple[SweepRun, list[str]]]) -> int:
+    """Samples that runs have in store."""
+    return sum(status(run.folder).samples for run, _ in runs)
 
 
 class SlurmJob:
