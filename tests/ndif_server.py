@@ -10,7 +10,7 @@
 submodules, `stop` in a session, gradients, and batching by a class of the client's.
 
 This package is hidden from the process, as it is not installed on NDIF either. One thread runs all blocks, because a
-model may not be entered from two. Started by `ndif_client.Server`; prints its port.
+model may not be entered from two. Started as a process of its own; prints its port.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Cluster:
         key = headers.get("ndif-api-key")
         if (wanted := self.control.get("key")) is not None:
             if not key:
-                raise Refused(401, "Missing or invalid API key. Please visit https://login.ndif.us/ to create a new one.")
+                raise Refused(
+                    401, "Missing or invalid API key. Please visit https://login.ndif.us/ to create a new one."
+                )
             if "-" not in key:  # NDIF's own sentence repeats the key
                 raise Refused(400, f"Invalid API key format: '{key}'. API keys must be in the format: xxxxxxxx-...")
             if key != wanted:
@@ -106,10 +108,9 @@ class Cluster:
                 self.responses[id] |= {"status": "ERROR", "description": _described(error)}
 
     def run(self, request: RequestModel, blob: bytes) -> bytes:
-        if failure := self.control.get("fail"):
-            if failure["times"] > 0:
-                failure["times"] -= 1
-                raise RuntimeError(failure["text"])
+        if (failure := self.control.get("fail")) and failure["times"] > 0:
+            failure["times"] -= 1
+            raise RuntimeError(failure["text"])
         model = self.model(request.model_key)
         BLOCKS.clear()  # keyed by file and line: another client's block may stand at the same place
         SOURCES.clear()

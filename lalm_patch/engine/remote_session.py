@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import nnsight
 import torch
-import transformers
 from torch import Tensor
 
 from lalm_patch.engine.readout import Readout
@@ -53,6 +53,11 @@ class ClipRequest:
     pack_tokens: int
 
     @property
+    def inputs_differ(self) -> bool:
+        """Whether the clip is anything else than what replaces it."""
+        return any(not torch.equal(self.clean[name], self.corrupted[name]) for name in self.clean)
+
+    @property
     def passes(self) -> list[Pass]:
         """The cells as rows of forward passes, in order."""
         rows = max(1, self.pack_tokens // self.positions)
@@ -90,8 +95,8 @@ def _one_pass(cells: Sequence[Intervention]) -> Pass:
     return len(cells), [(layer, rows, positions) for layer, (rows, positions) in sorted(by_layer.items())]
 
 
-def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) -> Any:
-    """Hand the session to `backend`; returns what the backend leaves in place of a result.
+def send_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) -> None:
+    """Hand the session to `backend`, which does not wait for it; the result is one saved value, named `result`.
 
     Args:
         model: nnsight's wrapper of the whole model.
@@ -106,7 +111,7 @@ def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) ->
     layers = sorted({patch.layer for patch in patched})
     first = min((patch.positions[0] for patch in patched), default=0)
     ids, answer, whole = list(request.option_ids), request.answer, request.correct == "vocabulary"
-    # Loop variables have names of their own: Python 3.12 before 3.12.10 gives a reused name a stale value here.
+    # No name serves two loops: on Python 3.12.1 the second one then sees stale values in a session's inner traces.
     with model.session(backend=backend):
         states = {}
         with torch.no_grad(), model.trace(**clean, use_cache=False):
@@ -125,9 +130,8 @@ def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) ->
         gained = target - base.logsumexp(-1)
         clean_wrong = bool((pool[0] > target[0]).any())
         corrupted_right = int((pool[1] >= target[1]).sum()) == 1
-        rows_of_passes = [base]
+        answers = [(base[:, ids].cpu(), base.logsumexp(-1).cpu(), base.argmax(-1).cpu())]
         ran = []
-        again = []
         if not clean_wrong and not corrupted_right and bool(gained[0] > gained[1]):
             for number in range(len(passes)):
                 height, writes = passes[number]
@@ -141,7 +145,7 @@ def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) ->
                         shifted = torch.tensor(what, device=embeds.device) - first
                         decoder.layers[layer].output[where, what] = states[layer][shifted]
                     logits = model.output.logits[:, -1].float().clone()
-                rows_of_passes.append(logits)
+                answers.append((logits[:, ids].cpu(), logits.logsumexp(-1).cpu(), logits.argmax(-1).cpu()))
                 ran.append(seen)
             for cell in repeated:
                 with torch.no_grad(), model.trace(**corrupted, use_cache=False):
@@ -149,10 +153,7 @@ def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) ->
                         offsets = torch.tensor(spots, device=embeds.device) - first
                         decoder.layers[depth].output[0, spots] = states[depth][offsets]
                     alone = model.output.logits[:, -1].float().clone()
-                again.append(alone)
-        answers = []
-        for block in [*rows_of_passes, *again]:
-            answers.append((block[:, ids].cpu(), block.logsumexp(-1).cpu(), block.argmax(-1).cpu()))
+                answers.append((alone[:, ids].cpu(), alone.logsumexp(-1).cpu(), alone.argmax(-1).cpu()))
         result = nnsight.save(
             {
                 "answers": answers,
@@ -160,14 +161,9 @@ def run_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) ->
                 "positions": embeds.shape[1],
                 "moved": float((clean_logits - corrupted_logits).abs().max() / clean_logits.abs().max()),
                 "dtype": str(embeds.dtype),
-                "versions": {
-                    "torch": str(torch.__version__),
-                    "transformers": str(transformers.__version__),
-                    "nnsight": str(nnsight.__version__),
-                },
+                "versions": {name: version(name) for name in ("torch", "transformers", "nnsight")},
             }
         )
-    return result
 
 
 def read_answer(request: ClipRequest, result: dict[str, Any]) -> ClipAnswer:
@@ -193,7 +189,7 @@ def read_answer(request: ClipRequest, result: dict[str, Any]) -> ClipAnswer:
         if result["passes"] != list(range(passes)) or len(rest) != passes + len(request.repeated):
             raise HostError(
                 f"the server ran forward passes {result['passes']} where 0 to {passes - 1} were asked for, each once; "
-                "its Python runs nnsight's sessions wrongly (3.12 before 3.12.10 does): update it, or use another host"
+                "its Python runs nnsight's sessions wrongly (3.12.1 is known to); use another host, or backend=local"
             )
         cells, repeated = _joined(rest[:passes]), _joined(rest[passes:])
     return ClipAnswer(
