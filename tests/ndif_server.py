@@ -3,7 +3,8 @@
     POST /request            multipart: `data`, the JSON envelope, and `blob`, the block -> {"id", "status": "RECEIVED"}
     GET  /response/<id>      the latest status; 404 before the first one and for ids nobody knows
     GET  /result/<id>        what the block saved, as the COMPLETED response's URL says
-    POST /control            for tests: {"strict", "hold", "key", "refuse", "fail", "minimum"}, any of them
+    POST /control            for tests: {"strict", "hold", "key", "refuse", "fail", "minimum"}, those that are to hold
+                             from now on; `hold`: so many blocks are run, the others wait
     GET  /counts             for tests: requests by status, in the order of arrival
 
 `strict` refuses what NDIF refuses from keys that are not trusted, where a block runs apart from the weights: traces of
@@ -22,6 +23,7 @@ import json
 import queue
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -63,18 +65,16 @@ class Cluster:
         self.results: dict[str, bytes] = {}
         self.models: dict[str, Remotable] = {}
         self.jobs: queue.Queue[tuple[str, RequestModel, bytes]] = queue.Queue()
-        self.go = threading.Event()
-        self.go.set()
+        self.left = sys.maxsize
 
     def set(self, control: dict[str, Any]) -> None:
-        self.control |= control
-        self.go.clear() if self.control.get("hold") else self.go.set()
+        self.control = control
+        self.left = control.get("hold", sys.maxsize)
 
     def accept(self, headers: Any, data: str, blob: bytes) -> dict[str, Any]:
-        if refusal := self.control.get("refuse"):
-            if refusal["times"] > 0:
-                refusal["times"] -= 1
-                raise Refused(refusal["status"], refusal["detail"])
+        if (refusal := self.control.get("refuse")) and refusal["times"] > 0:
+            refusal["times"] -= 1
+            raise Refused(refusal["status"], refusal["detail"])
         key = headers.get("ndif-api-key")
         if (wanted := self.control.get("key")) is not None:
             if not key:
@@ -99,7 +99,9 @@ class Cluster:
     def run_forever(self, url: str) -> None:
         while True:
             id, request, blob = self.jobs.get()
-            self.go.wait()
+            while not self.left:
+                time.sleep(0.01)
+            self.left -= 1
             self.responses[id] |= {"status": "RUNNING", "description": "Your job has started running."}
             try:
                 self.results[id] = self.run(request, blob)
