@@ -5,6 +5,7 @@
     ├── DataError               a data set: folder, table, labels, an empty selection
     │   └── AudioError          one clip: names the file and the reason
     ├── ModelError              a checkpoint that cannot be found, opened or traced
+    ├── HostError               a remote host that cannot be reached, refuses, or fails to run what it was sent
     ├── CheckError              a run's own check failed: its numbers would not mean what they say
     └── StoreError              a run folder that is damaged, or belongs to other settings
         └── BusyError           another process has the run folder
@@ -34,6 +35,10 @@ class AudioError(DataError):
 
 class ModelError(LalmPatchError):
     """A checkpoint that cannot be found, opened, or traced with this method."""
+
+
+class HostError(LalmPatchError):
+    """A remote host that cannot be reached, refuses a request, or fails to run it. Finished samples are kept."""
 
 
 class CheckError(LalmPatchError):

@@ -29,6 +29,7 @@ class Progress:
         self.total = total
         self.title = title
         self.done = 0
+        self._note = ""
         self._on_terminal = sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._stack = ExitStack()
@@ -52,9 +53,8 @@ class Progress:
         self.done += cells
         if self._bar is not None:
             self._bar.update(cells)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            log.info("%s", self.line())
+        else:
+            self._line_now_and_then()
 
     def drop(self, cells: int) -> None:
         """Cells turned out not to be needed: their sample is excluded."""
@@ -63,8 +63,22 @@ class Progress:
             self._bar.total = self.total
             self._bar.refresh()
 
+    def note(self, text: str) -> None:
+        """What is going on beside the cells; shown with the bar, or with the next line."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            self._line_now_and_then()
+
     def line(self) -> str:
         """State, rate and time left in one line."""
         rate = self.done / max(time.monotonic() - self._started, 1e-9)
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-        return f"{self.title}: {self.done}/{self.total} cells, {rate:.3g} cells/s, about {left} left"
+        note = f"; {self._note}" if self._note else ""
+        return f"{self.title}: {self.done}/{self.total} cells, {rate:.3g} cells/s, about {left} left{note}"
+
+    def _line_now_and_then(self) -> None:
+        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            log.info("%s", self.line())

@@ -92,7 +92,7 @@ def run_identity(settings: RunSettings) -> dict[str, str]:
 
 
 def _identity(settings: RunSettings, records: Sequence[Record]) -> dict[str, str]:
-    checkpoint = find_checkpoint(settings.model)
+    checkpoint = find_checkpoint(settings.model, weights=settings.backend.name == "local")
     return identity(settings, data_fingerprint(records), checkpoint.revision)
 
 
@@ -242,10 +242,8 @@ def _trace_all(
             if record.id in unusable:
                 progress.drop(tracer.cells_per_sample)
                 store.add(record.id, {}, _unusable_meta(record, unusable[record.id]))
-                continue
-            wanted = spot_checked < spot_checks
-            trace = tracer.trace(record, record.waveform(None), wanted, progress)
-            spot_checked += int(trace.meta.get("spot_checked_cells", 0))
+        usable = [record for record in todo if record.id not in unusable]
+        for record, trace in tracer.traces(usable, spot_checks - spot_checked, progress, store.folder):
             enforce([Check(**check) for check in trace.meta.get("checks", [])], settings.on_failed_check)
             store.add(record.id, trace.arrays, trace.meta)
 
@@ -258,6 +256,11 @@ def _open_model(settings: RunSettings, attribute: Attribute) -> Tracer:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.backend.name == "ndif":
+        from lalm_patch.remote_tracing import RemoteTracer
+
+        log.info("%s stays on the server; %s clips at most are in flight", settings.model.id, settings.backend.max_jobs)
+        return RemoteTracer(LALM.outline(settings.model), attribute, settings)
     log.info("loading %s (%s)", settings.model.name, settings.model.id)
     return Tracer(LALM.load(settings.model), attribute, settings)
 
@@ -302,9 +305,7 @@ def _about_model(tracer: Tracer) -> dict[str, Any]:
         "model_revision": lalm.commit,
         "model_class": type(lalm.module).__name__,
         "model_layers": lalm.num_layers,
-        "dtype": str(lalm.dtype).removeprefix("torch."),
-        "device": str(lalm.device),
-        "engine": tracer.engine.name,
+        **tracer.about,
         "prompt_layout": tracer.layout,
         "prompt_as_sent": tracer.example_prompt,
         "target_token_ids": json.dumps(dict(zip(tracer.attribute.options, tracer.option_ids, strict=True))),
@@ -317,5 +318,7 @@ def _dataset(store: RunStore, tracer: Tracer, records: Sequence[Record], attribu
     checks = [Check(**check) for sample in samples for check in sample.meta.get("checks", [])]
     attributes["checks"] = to_json([*tracer.checks, *worst(checks)])
     attributes["spot_checked_cells"] = sum(int(sample.meta.get("spot_checked_cells", 0)) for sample in samples)
+    if servers := sorted({json.dumps(sample.meta["server"]) for sample in samples if "server" in sample.meta}):
+        attributes["servers"] = f"[{', '.join(servers)}]"
     attributes["data_fingerprint"] = store.identity["clips"]
     return build_dataset(samples, tracer.attribute.options, tracer.dims, tracer.layers, attributes)

@@ -129,6 +129,29 @@ class EngineSettings:
 
 
 @dataclass
+class BackendSettings:
+    """Where the model runs (`conf/backend/*.yaml`).
+
+    The key for NDIF is no setting: it is read from the environment, `NDIF_API_KEY`, and stored nowhere.
+
+    Attributes:
+        name: local (this process), or ndif (a server that has the model; no weights here).
+        host: URL of the server; null for `NDIF_HOST`, or without it the public NDIF.
+        max_jobs: most clips in flight at once.
+        poll_seconds: time between two looks at the jobs' states.
+        retries: how often to try again, with doubled waiting time, what may pass: no connection, a busy server.
+        forget_seconds: a job of which the server knows nothing for this long is sent again.
+    """
+
+    name: str = MISSING
+    host: str | None = None
+    max_jobs: int = 4
+    poll_seconds: float = 1.0
+    retries: int = 6
+    forget_seconds: float = 60.0
+
+
+@dataclass
 class RunSettings:
     """A whole run.
 
@@ -151,6 +174,7 @@ class RunSettings:
     data: DataSettings = field(default_factory=DataSettings)
     corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    backend: BackendSettings = field(default_factory=BackendSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     transcript: str | None = None
     dry_run: bool = False
@@ -174,6 +198,11 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "model.device_map",
     "engine.pack_tokens",
     "engine.memory_budget",
+    "backend.host",
+    "backend.max_jobs",
+    "backend.poll_seconds",
+    "backend.retries",
+    "backend.forget_seconds",
 )
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -188,6 +217,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "prompt.target": ("leading_space", "bare"),
     "prompt.correct": ("options", "vocabulary"),
     "engine.name": ("auto", "replay", "direct"),
+    "backend.name": ("local", "ndif"),
     "on_failed_check": ("stop", "warn"),
 }
 """Settings that take one of a few words; the command line names them when another word comes."""

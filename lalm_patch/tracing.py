@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,16 +76,30 @@ class Tracer:
         self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
         self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
         self.transcripts = Transcripts(lalm, settings)
-        pair = make_pair(lalm, replace(fixed, transcript=self.transcripts.example), self.layout)
-        self.checks = prove(lalm, pair)
+        self.checks: list[Check] = []
         self.engine: Engine
-        self.engine, engine_checks = choose_engine(lalm, settings.engine, pair, self.option_ids, self.tolerance)
-        self.checks += engine_checks
-        grid = self.grid(pair.noise.tokens)
+        example = self._open(replace(fixed, transcript=self.transcripts.example))
+        grid = self.grid(example)
         self.dims, self.cells_per_sample = grid.dims, len(grid.cells)
-        self.example_prompt = _as_sent(pair.noise.tokens)
+        self.example_prompt = _as_sent(example)
         self._oracle = DirectEngine(lalm)
         self._corrupted: OrderedDict[bytes, Encoding] = OrderedDict()
+
+    def _open(self, prompt: Prompt) -> TokenTable:
+        """Prove the model on noise and silence and choose its engine; returns the noise's token table."""
+        pair = make_pair(self.lalm, prompt, self.layout)
+        self.checks += prove(self.lalm, pair)
+        self.engine, engine_checks = choose_engine(
+            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance
+        )
+        self.checks += engine_checks
+        return pair.noise.tokens
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Attributes of the result that say what computed the cells, and where."""
+        device, dtype = str(self.lalm.device), str(self.lalm.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "device": device, "engine": self.engine.name}
 
     def grid(self, tokens: TokenTable) -> Grid:
         """The run's grid for one sample's tokens."""
@@ -95,6 +111,22 @@ class Tracer:
         if order == "fixed":
             return Prompt.from_attribute(self.attribute)
         return Prompt.from_attribute(self.attribute, "shuffled", self.settings.prompt.seed, sample_id)
+
+    def traces(
+        self, records: Sequence[Record], spot_checks: int, progress: Progress, folder: Path
+    ) -> Iterator[tuple[Record, SampleTrace]]:
+        """Trace samples, each as soon as it is asked for; what was given out is the caller's to store.
+
+        Args:
+            records: the clips.
+            spot_checks: how many cells to compute twice in all.
+            progress: is told about every cell.
+            folder: the run's own folder.
+        """
+        for record in records:
+            trace = self.trace(record, record.waveform(None), spot_checks > 0, progress)
+            spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+            yield record, trace
 
     def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
         """Trace one sample.
@@ -125,7 +157,9 @@ class Tracer:
         reason = exclusion(base, self.option_ids, answer, self.settings.prompt.correct)
         if not same and reason is Exclusion.KEPT:
             reason = Exclusion.LAYOUT
-        trace = SampleTrace(_arrays("base", base, (2,)), self._meta(record, waveform, clean.tokens, prompt, reason))
+        trace = SampleTrace(
+            readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, prompt, reason)
+        )
         trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
@@ -133,7 +167,7 @@ class Tracer:
             progress.drop(len(grid.cells))
             return trace
         swept = self.engine.sweep(clean, corrupted, grid, self.option_ids, progress.advance)
-        trace.arrays |= _arrays("patched", swept, grid.shape)
+        trace.arrays |= readout_arrays("patched", swept, grid.shape)
         checks = self._identities(grid, base, swept, answer, clean.tokens)
         if spot_check and isinstance(self.engine, ReplayEngine):
             checks.append(self._spot_check(record, clean, corrupted, grid, swept))
@@ -152,7 +186,7 @@ class Tracer:
         return self._corrupted[key]
 
     def _meta(
-        self, record: Record, waveform: np.ndarray, tokens: TokenTable, prompt: Prompt, reason: Exclusion
+        self, record: Record, samples: int, tokens: TokenTable, prompt: Prompt, reason: Exclusion
     ) -> dict[str, Any]:
         text = tokens.text_positions
         return {
@@ -160,7 +194,7 @@ class Tracer:
             "group": record.group,
             "exclusion": str(reason),
             "detail": "",
-            "samples": len(waveform),
+            "samples": samples,
             "positions": len(tokens),
             "audio_positions": len(tokens.audio_positions),
             "first_text_position": text[0],
@@ -184,16 +218,20 @@ class Tracer:
             return []
         return [Check.at_most("last_layer_identity", worst, self.tolerance)]
 
-    def _spot_check(self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout) -> Check:
+    def _spots(self, record: Record, grid: Grid) -> np.ndarray:
+        """Indices of the cells of a sample that are computed twice."""
         seed = [self.settings.seed, *record.id.encode()]
         count = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
-        chosen = np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
+        return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
+
+    def _spot_check(self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout) -> Check:
+        chosen = self._spots(record, grid)
         direct = self._oracle.cells(clean, corrupted, [grid.cells[i] for i in chosen], self.option_ids)
         difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
         return Check.at_most("replay_equals_direct", difference, self.tolerance)
 
 
-def _arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {
         f"{prefix}_option_logits": readout.option_logits.reshape(*shape, -1).astype(np.float32),
         f"{prefix}_logsumexp": readout.logsumexp.reshape(shape).astype(np.float32),

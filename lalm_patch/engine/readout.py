@@ -32,6 +32,10 @@ class Readout:
         """P(option) under the softmax over the whole vocabulary: [runs, options] float32."""
         return np.asarray(np.exp(self.option_logits - self.logsumexp[:, None]))
 
+    def rows(self, chosen: slice) -> Readout:
+        """Some of the rows."""
+        return Readout(self.option_logits[chosen], self.logsumexp[chosen], self.top_id[chosen])
+
     @classmethod
     def of(cls, logits: Tensor, option_ids: Sequence[int]) -> Readout:
         """Read float32 logits [runs, vocabulary]."""

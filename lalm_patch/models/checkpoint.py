@@ -51,6 +51,11 @@ class Checkpoint:
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
+    def local(self) -> bool:
+        """Whether it is a folder of the user's (or the demo), not a copy of a repository on the hub."""
+        return self.commit.startswith("local:")
+
+    @property
     def revision(self) -> str:
         """Commits of the checkpoint and of its parts: what the numbers depend on."""
         return "+".join([self.commit, *(part.commit for part in self.parts.values())])

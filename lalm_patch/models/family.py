@@ -34,6 +34,10 @@ class Family(ABC):
     reads_transcript: ClassVar[bool] = False
     """Whether the model is given a transcript beside the audio (`Prompt.transcript`)."""
 
+    hosted_task: ClassVar[str | None] = None
+    """Pipeline task under which a server with transformers alone has the model, and which is part of its name there;
+    None if it takes this package to run it."""
+
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 

@@ -104,6 +104,11 @@ class LALM:
         return len(self.layers)
 
     @property
+    def decoder_path(self) -> str:
+        """Where the decoder is in the whole model: names of submodules, joined by dots."""
+        return self._path(self.decoder_module)
+
+    @property
     def device(self) -> torch.device:
         """Device of the token embeddings, where inputs go; the CPU for a model that is only an outline."""
         weight: Tensor = self.module.get_input_embeddings().weight
@@ -223,8 +228,11 @@ class LALM:
 
     def _envoy(self, module: nn.Module) -> Any:
         """nnsight's wrapper of a submodule."""
-        path = next(name for name, candidate in self.module.named_modules() if candidate is module)
-        return operator.attrgetter(path)(self.traced)
+        return operator.attrgetter(self._path(module))(self.traced)
+
+    def _path(self, module: nn.Module) -> str:
+        path: str = next(name for name, candidate in self.module.named_modules() if candidate is module)
+        return path
 
 
 def _open(

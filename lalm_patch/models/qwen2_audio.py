@@ -14,6 +14,7 @@ class Qwen2Audio(Family):
 
     model_types = ("qwen2_audio",)
     layouts = ("chat", "user", "flat")
+    hosted_task = "any-to-any"
 
     def _text(self, prompt: Prompt, layout: str, continuation: str = "") -> str:
         if layout == "flat":

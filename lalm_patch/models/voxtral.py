@@ -27,6 +27,7 @@ class Voxtral(Family):
     model_types = ("voxtral",)
     extra = "voxtral"
     layouts = ("chat", "user")
+    hosted_task = "any-to-any"
 
     @property
     def max_seconds(self) -> float:

@@ -1,0 +1,387 @@
+"""Runs on a server, against a small NDIF on loopback: real HTTP, nnsight's real client, real processes to kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import nnsight
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from conftest import GENDER, noise, write_sakura
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.modeling.transformers import TransformersModel
+
+import lalm_patch
+from lalm_patch.engine import ndif
+from lalm_patch.errors import CheckError, ConfigError, HostError, LalmPatchError, ModelError
+from lalm_patch.jobs import JOBS
+from lalm_patch.models import LALM
+from lalm_patch.settings import BackendSettings, ModelSettings
+from lalm_patch.stimuli import Prompt
+
+TESTS = Path(__file__).resolve().parent
+KEY = "planted-5ecret-0f-the-user"
+CLIPS = 6
+
+
+class Server:
+    """The loopback NDIF as a process of its own."""
+
+    def __init__(self, port: int = 0) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "ndif_server.py"), "--port", str(port)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def control(self, **control: Any) -> None:
+        httpx.post(f"{self.url}/control", json=control).raise_for_status()
+
+    @property
+    def states(self) -> list[str]:
+        """States of all requests so far, in the order of their arrival."""
+        return list(httpx.get(f"{self.url}/counts").json()["requests"])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """The server as it starts, whatever the test before did with it."""
+    one_server.control()
+    return one_server
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A random tiny Qwen2-Audio on noise; half of the clips or more count, whatever it answers."""
+    root = write_sakura(tmp_path_factory.mktemp("data"), GENDER, clips=CLIPS)
+    identifier = f"model.id={checkpoints['qwen2_audio']}"
+    return ("model=qwen2_audio", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
+
+
+DEMO = ("model=demo", "attr=gender", "data.limit=6")
+
+
+def remote(server: Server, *more: str) -> tuple[str, ...]:
+    return ("backend=ndif", f"backend.host={server.url}", "backend.poll_seconds=0.02", "backend.retries=1", *more)
+
+
+def result(*overrides: str) -> xr.Dataset:
+    dataset = lalm_patch.trace(*overrides).dataset
+    assert dataset is not None
+    return dataset
+
+
+def assert_same_numbers(local: xr.Dataset, other: xr.Dataset) -> None:
+    """Every variable within 1e-5; what is not a probability or a rate, relative to its size."""
+    assert set(local.data_vars) == set(other.data_vars)
+    for name, variable in local.data_vars.items():
+        if variable.dtype.kind == "f":
+            np.testing.assert_allclose(other[name], variable, atol=1e-5, rtol=1e-5, err_msg=str(name))
+        else:
+            np.testing.assert_array_equal(other[name], variable, err_msg=str(name))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("which", ["demo", "tiny"])
+def test_remote_equals_local(which: str, strict: bool, server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """The whole run's dataset, and one request per clip."""
+    server.control(strict=strict)
+    before = len(server.states)
+    what = (*DEMO, "granularity=layer") if which == "demo" else (*tiny, "granularity=token")
+    what = (*what, "engine.pack_tokens=1500", f"outputs={tmp_path}")
+    there = result(*what, *remote(server))
+    here = result(*what)
+    assert len(server.states) - before == there.sizes["sample"] == CLIPS
+    assert int(there.kept.sum()) >= 2
+    assert float(there.p_patched.max() - there.p_patched.min()) > 1e-3
+    # Of the random model p_clean - p_corrupted may be small, and a rate is a quotient by it.
+    gap = abs(there.p_clean - there.p_corrupted).min() if which == "tiny" else 1
+    assert_same_numbers(here.drop_vars("recovery_rate"), there.drop_vars("recovery_rate"))
+    np.testing.assert_allclose(there.recovery_rate, here.recovery_rate, atol=2e-5 / float(gap))
+    checks = {check["name"]: check for check in json.loads(there.attrs["checks"])}
+    assert {"audio_reaches_model", "restore_all", "decoder_from_embeddings", "remote_rows_equal_whole"} <= set(checks)
+    assert all(check["passed"] for check in checks.values())
+    assert there.attrs["engine"] == "ndif"
+    assert json.loads(there.attrs["servers"])[0]["nnsight"] == nnsight.__version__
+
+
+def test_voxtral_goes_too(server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    root = write_sakura(tmp_path / "data", GENDER, clips=2)
+    identifier = f"model.id={checkpoints['voxtral']}"
+    what = ("model=voxtral", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
+    what = (*what, f"outputs={tmp_path / 'outputs'}")
+    server.control(strict=True)
+    there, here = result(*what, *remote(server)), result(*what)
+    names = ["p_clean", "p_corrupted", "p_patched"]
+    assert_same_numbers(here[names], there[names])
+
+
+def client(checkpoint: Path) -> tuple[TransformersModel, LALM]:
+    settings = ModelSettings(name="tiny", family="qwen2_audio", id=str(checkpoint), dtype="float32")
+    lalm = LALM.outline(settings)
+    engine = ndif.NdifEngine(lalm, settings, BackendSettings("ndif", "http://127.0.0.1:9"))
+    return engine._model, lalm
+
+
+class OwnBatching(TransformersModel):  # type: ignore[misc]
+    """A client's class that batches by itself; the server is told the class it stands in for."""
+
+    def _remoteable_class(self) -> type:
+        return TransformersModel
+
+    def _batch(self, invokes: Any, fn: Any) -> Any:
+        return TransformersModel._batch(self, invokes, fn)
+
+
+@pytest.mark.parametrize("what", ["submodule", "stop", "gradient", "batching"])
+def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, Path], prompt: Prompt) -> None:
+    """What the session avoids is possible on the server as it is, and refused in strict mode."""
+    model, lalm = client(checkpoints["qwen2_audio"])
+    _, inputs = lalm.inputs(noise(1.0), prompt, "chat")
+    if what == "batching":
+        model.__class__ = OwnBatching
+        nnsight.register(sys.modules[__name__])
+
+    def send() -> Any:
+        backend = RemoteBackend(model.to_model_key(), host=server.url, api_key="-")
+        backend.display.enabled = False
+        backend.blocking = False
+        if what == "submodule":
+            with model.session(backend=backend):
+                with torch.no_grad(), model.model.language_model.trace(inputs_embeds=torch.zeros(1, 4, 64)):
+                    length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])  # noqa: F841
+        elif what == "stop":
+            with model.session(backend=backend):
+                with torch.no_grad(), model.trace(**inputs) as half:
+                    state = model.model.language_model.layers[0].output.clone()
+                    half.stop()
+                with torch.no_grad(), model.trace(**inputs):
+                    length = nnsight.save(state.shape[1] + model.output.logits.shape[1])
+        elif what == "gradient":
+            with model.session(backend=backend):
+                with model.trace(**inputs):
+                    state = model.model.language_model.layers[0].output
+                    state.requires_grad_(True)
+                    loss = model.output.logits[0, -1].sum()
+                    with loss.backward():
+                        length = nnsight.save(state.grad.shape[1])
+        else:
+            with model.session(backend=backend):
+                with torch.no_grad(), model.trace(**inputs):
+                    length = nnsight.save(model.output.logits.shape[1])
+        while (saved := backend.poll()) is None:
+            time.sleep(0.02)
+        return saved["length"]
+
+    assert send() > 0
+    server.control(strict=True)
+    with pytest.raises(RemoteError, match=r"OutOfOrderError|BrokenPipeError|Can't batch these inputs"):
+        send()
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lalm_patch", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def stored_text(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_client_killed_then_reattached(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """Jobs that were sent are not sent again; and the key that was sent along is nowhere on disk."""
+    before = len(server.states)
+    server.control(hold=2, key=KEY)
+    arguments = (*tiny, *remote(server, "backend.max_jobs=3"))
+    process = run(tmp_path, *arguments, NDIF_API_KEY=KEY)
+    while len(server.states) - before < 5 or server.states[before:].count("COMPLETED") < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    (book,) = (tmp_path / "outputs").rglob(JOBS)
+    while len(json.loads(book.read_bytes())) != 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert KEY.encode() not in stored_text(tmp_path)
+    server.control(key=KEY)
+    out, _ = (process := run(tmp_path, *arguments, NDIF_API_KEY=KEY)).communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert out.count("going on with job") == 3
+    assert server.states[before:] == ["COMPLETED"] * CLIPS
+    assert not book.exists()
+    assert KEY not in out
+    assert KEY.encode() not in stored_text(tmp_path)
+    (path,) = (tmp_path / "outputs").rglob("result.nc")
+    with xr.open_dataset(path) as dataset:
+        names = ["p_clean", "p_corrupted", "p_patched"]
+        assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+
+
+def test_server_killed_in_mid_run(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """The run stops with one sentence and keeps what it has; the same command goes on with a new server."""
+    first = Server()
+    first.control(hold=3)
+    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.forget_seconds=0.2"))
+    process = run(tmp_path, *what)
+    while first.states.count("COMPLETED") < 3 or len(first.states) < CLIPS:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    first.kill()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "cannot be reached" in out
+    assert "the same command goes on" in out
+    assert "Traceback" not in out
+    again = Server(first.port)
+    try:
+        dataset = result(*what)
+        assert again.states == ["COMPLETED"] * len(again.states)
+        assert 3 <= len(again.states) <= 4  # the third answer may have been on its way
+    finally:
+        again.kill()
+    names = ["p_clean", "p_corrupted", "p_patched"]
+    assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+
+
+REFUSALS = {
+    "no key": ({"key": "a-key"}, {}, HostError, "is not set"),
+    "wrong key": ({"key": "a-key"}, {"NDIF_API_KEY": "another-key"}, HostError, "is refused"),
+    "malformed key": ({"key": "a-key"}, {"NDIF_API_KEY": "hunter2"}, HostError, r"\[NDIF_API_KEY\]"),
+    "old client": ({"minimum": "0.9"}, {}, HostError, "versions that do not go together.*0.9"),
+    "failing block": ({"fail": {"times": 9, "text": "no reason"}}, {}, HostError, "the job failed.*no reason"),
+    "out of memory": ({"fail": {"times": 9, "text": "CUDA out of memory"}}, {}, HostError, "engine.pack_tokens"),
+    "always busy": (
+        {"refuse": {"times": 99, "status": 503, "detail": "reconnecting"}},
+        {},
+        HostError,
+        "cannot take or show jobs now.*Tried 2 times",
+    ),
+    "always preempted": ({"fail": {"times": 99, "text": "preempted"}}, {}, HostError, "gave up .* 2 times"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_will_not_pass(
+    case: str, server: Server, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, environment, kind, message = REFUSALS[case]
+    monkeypatch.delenv("NDIF_API_KEY", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    server.control(**control)
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        lalm_patch.trace(*tiny, f"outputs={tmp_path}", *remote(server))
+    assert "hunter2" not in str(caught.getrepr(chain=True))
+    assert b"hunter2" not in stored_text(tmp_path)
+
+
+def test_what_passes(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """A busy server and a preempted job cost a retry, not the run."""
+    server.control(refuse={"times": 1, "status": 503, "detail": "reconnecting"}, fail={"times": 1, "text": "preempted"})
+    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server))
+    assert dataset.sizes["sample"] == CLIPS
+
+
+def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    settings = ModelSettings(name="tiny", family="qwen2_audio", id=str(checkpoints["qwen2_audio"]), dtype="float32")
+    lalm = LALM.outline(settings)
+    engine = ndif.NdifEngine(lalm, settings, BackendSettings("ndif", server.url, poll_seconds=0.02, retries=1))
+    engine.model_key = engine.model_key.replace(str(checkpoints["qwen2_audio"]), str(tmp_path / "absent"))
+    backend = engine._backend()
+    with engine._model.session(backend=backend):
+        result = nnsight.save(1)  # noqa: F841
+    with pytest.raises(HostError, match="does not have the model"):  # noqa: PT012
+        while engine.ask(str(backend.job_id))[1] is None:
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "message"),
+    [
+        (("model=desta25", "backend.host=http://127.0.0.1:9"), LalmPatchError, ""),
+        (("backend.host=https://somewhere.example",), ModelError, "is a folder of this machine"),
+        (("backend.host=somewhere.example",), ConfigError, "expected a URL"),
+        (("backend.host=https://me:hunter2@somewhere.example",), ConfigError, "without user name"),
+        (("backend.name=cloud",), ConfigError, "expected one of local, ndif"),
+        (("backend.host=http://127.0.0.1:9", "backend.retries=0"), HostError, "cannot be reached"),
+    ],
+)
+def test_refused_before_anything_is_sent(
+    overrides: tuple[str, ...], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        lalm_patch.trace("data.limit=5", f"outputs={tmp_path}", "backend=ndif", *overrides)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_native_family_is_refused(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family without a task of transformers' own has no place on a server."""
+    monkeypatch.setattr(type(lalm.family), "hosted_task", None)
+    settings = ModelSettings(name="tiny", family="native", id="demo")
+    with pytest.raises(ModelError, match="only this package has; use backend=local"):
+        ndif.NdifEngine(lalm, settings, BackendSettings("ndif", "http://127.0.0.1:9"))
+
+
+def test_public_host_wants_a_key(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NDIF_API_KEY", raising=False)
+    with pytest.raises(LalmPatchError, match="NDIF_API_KEY|folder of this machine"):
+        ndif.NdifEngine(lalm, ModelSettings(name="demo", id="demo"), BackendSettings("ndif", ndif.PUBLIC_HOST))
+
+
+def test_wrong_numbers_are_noticed(
+    server: Server, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that take the wrong states differ from the same cells computed one at a time."""
+    real = ndif.send_session
+
+    def shifted(model: Any, decoder: Any, request: Any, backend: Any) -> None:
+        class Shifted(type(request)):  # type: ignore[misc]
+            @property
+            def passes(self) -> Any:
+                return [(rows, [(layer, where[::-1], what) for layer, where, what in w]) for rows, w in super().passes]
+
+        real(model, decoder, Shifted(**vars(request)), backend)
+
+    monkeypatch.setattr(ndif, "send_session", shifted)
+    with pytest.raises(CheckError, match="remote_rows_equal_whole|restore_all|last_layer_identity"):
+        lalm_patch.trace(*tiny, f"outputs={tmp_path}", "granularity=token", *remote(server))
+
+
+def test_other_dtype_on_the_server(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="set model.dtype=float32"):
+        lalm_patch.trace(*tiny, f"outputs={tmp_path}", *remote(server, "model.dtype=float16"))
