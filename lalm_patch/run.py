@@ -102,6 +102,10 @@ class _Work:
     def __init__(self, settings: RunSettings, folder: Path, command: str) -> None:
         self.started = time.monotonic()
         self.settings, self.folder, self.command = settings, folder, command
+        if settings.backend.name == "ndif":
+            from lalm_patch.engine.ndif import refuse_what_cannot_go
+
+            refuse_what_cannot_go(settings.model, settings.backend)
         self.attribute = _attribute(settings)
         self.records = load_records(settings, self.attribute)
         self.identity = _identity(settings, self.records)

@@ -1,3 +1,4 @@
+# ruff: noqa: F841 (a session returns what is saved by the names it has)
 """Runs on a server, against a small NDIF on loopback: real HTTP, nnsight's real client, real processes to kill."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nnsight.modeling.transformers import TransformersModel
 
 import lalm_patch
 from lalm_patch.engine import ndif
-from lalm_patch.errors import CheckError, ConfigError, HostError, LalmPatchError, ModelError
+from lalm_patch.errors import CheckError, ConfigError, HostError, ModelError
 from lalm_patch.jobs import JOBS
 from lalm_patch.models import LALM
 from lalm_patch.settings import BackendSettings, ModelSettings
@@ -176,9 +177,9 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
         backend.display.enabled = False
         backend.blocking = False
         if what == "submodule":
-            with model.session(backend=backend):
+            with model.session(backend=backend):  # noqa: SIM117
                 with torch.no_grad(), model.model.language_model.trace(inputs_embeds=torch.zeros(1, 4, 64)):
-                    length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])  # noqa: F841
+                    length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])
         elif what == "stop":
             with model.session(backend=backend):
                 with torch.no_grad(), model.trace(**inputs) as half:
@@ -187,7 +188,7 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
                 with torch.no_grad(), model.trace(**inputs):
                     length = nnsight.save(state.shape[1] + model.output.logits.shape[1])
         elif what == "gradient":
-            with model.session(backend=backend):
+            with model.session(backend=backend):  # noqa: SIM117
                 with model.trace(**inputs):
                     state = model.model.language_model.layers[0].output
                     state.requires_grad_(True)
@@ -195,11 +196,11 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
                     with loss.backward():
                         length = nnsight.save(state.grad.shape[1])
         else:
-            with model.session(backend=backend):
+            with model.session(backend=backend):  # noqa: SIM117
                 with torch.no_grad(), model.trace(**inputs):
                     length = nnsight.save(model.output.logits.shape[1])
         while (saved := backend.poll()) is None:
-            time.sleep(0.02)
+            time.sleep(0.1)
         return saved["length"]
 
     assert send() > 0
@@ -231,10 +232,10 @@ def test_client_killed_then_reattached(server: Server, tiny: tuple[str, ...], tm
     process = run(tmp_path, *arguments, NDIF_API_KEY=KEY)
     while len(server.states) - before < 5 or server.states[before:].count("COMPLETED") < 2:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+        time.sleep(0.1)
     (book,) = (tmp_path / "outputs").rglob(JOBS)
     while len(json.loads(book.read_bytes())) != 3:
-        time.sleep(0.02)
+        time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert KEY.encode() not in stored_text(tmp_path)
@@ -260,7 +261,7 @@ def test_server_killed_in_mid_run(tiny: tuple[str, ...], tmp_path: Path) -> None
     process = run(tmp_path, *what)
     while first.states.count("COMPLETED") < 3 or len(first.states) < CLIPS:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+        time.sleep(0.1)
     first.kill()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -324,16 +325,19 @@ def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_pa
     engine.model_key = engine.model_key.replace(str(checkpoints["qwen2_audio"]), str(tmp_path / "absent"))
     backend = engine._backend()
     with engine._model.session(backend=backend):
-        result = nnsight.save(1)  # noqa: F841
+        result = nnsight.save(1)
     with pytest.raises(HostError, match="does not have the model"):  # noqa: PT012
         while engine.ask(str(backend.job_id))[1] is None:
-            time.sleep(0.02)
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
     ("overrides", "kind", "message"),
     [
-        (("model=desta25", "backend.host=http://127.0.0.1:9"), LalmPatchError, ""),
+        (("model=desta25",), ModelError, "needs this package to open or run it; use backend=local"),
+        (("model=qwen_audio",), ModelError, "needs this package"),
+        (("model=qwen3_omni",), ModelError, "needs this package"),
+        (("model=voxtral",), ConfigError, "no key for https://api.ndif.us.*NDIF_API_KEY"),
         (("backend.host=https://somewhere.example",), ModelError, "is a folder of this machine"),
         (("backend.host=somewhere.example",), ConfigError, "expected a URL"),
         (("backend.host=https://me:hunter2@somewhere.example",), ConfigError, "without user name"),
@@ -342,25 +346,17 @@ def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_pa
     ],
 )
 def test_refused_before_anything_is_sent(
-    overrides: tuple[str, ...], kind: type[Exception], message: str, tmp_path: Path
+    overrides: tuple[str, ...],
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("NDIF_API_KEY", "NDIF_HOST"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(kind, match=message) as caught:
         lalm_patch.trace("data.limit=5", f"outputs={tmp_path}", "backend=ndif", *overrides)
     assert "hunter2" not in str(caught.value)
-
-
-def test_native_family_is_refused(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family without a task of transformers' own has no place on a server."""
-    monkeypatch.setattr(type(lalm.family), "hosted_task", None)
-    settings = ModelSettings(name="tiny", family="native", id="demo")
-    with pytest.raises(ModelError, match="only this package has; use backend=local"):
-        ndif.NdifEngine(lalm, settings, BackendSettings("ndif", "http://127.0.0.1:9"))
-
-
-def test_public_host_wants_a_key(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NDIF_API_KEY", raising=False)
-    with pytest.raises(LalmPatchError, match="NDIF_API_KEY|folder of this machine"):
-        ndif.NdifEngine(lalm, ModelSettings(name="demo", id="demo"), BackendSettings("ndif", ndif.PUBLIC_HOST))
 
 
 def test_wrong_numbers_are_noticed(
@@ -378,10 +374,10 @@ def test_wrong_numbers_are_noticed(
         real(model, decoder, Shifted(**vars(request)), backend)
 
     monkeypatch.setattr(ndif, "send_session", shifted)
-    with pytest.raises(CheckError, match="remote_rows_equal_whole|restore_all|last_layer_identity"):
+    with pytest.raises(CheckError, match=r"remote_rows_equal_whole|restore_all|last_layer_identity"):
         lalm_patch.trace(*tiny, f"outputs={tmp_path}", "granularity=token", *remote(server))
 
 
 def test_other_dtype_on_the_server(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="set model.dtype=float32"):
+    with pytest.raises(ModelError, match=r"set model\.dtype=float32"):
         lalm_patch.trace(*tiny, f"outputs={tmp_path}", *remote(server, "model.dtype=float16"))
