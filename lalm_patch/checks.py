@@ -27,8 +27,8 @@ STATEMENTS = {
     "nothing",
     "replay_equals_direct": "random cells computed again by the direct engine have the same probabilities; if not, use "
     "engine=direct",
-    "remote_rows_equal_whole": "random cells computed again on the server, one at a time and from the audio on, have the "
-    "same probabilities; if not, the server batches this model otherwise: run it here, backend=local",
+    "remote_rows_equal_whole": "random cells computed again on the server, one at a time and from the audio, have "
+    "the same probabilities; if not, batching changes this model there: run it here, backend=local",
     "last_layer_identity": "patching the last layer restores the clean probability at the last position and nothing "
     "elsewhere",
 }

@@ -232,6 +232,7 @@ class Tracer:
 
 
 def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A readout as a sample's arrays: rows in row-major order of `shape`, options last."""
     return {
         f"{prefix}_option_logits": readout.option_logits.reshape(*shape, -1).astype(np.float32),
         f"{prefix}_logsumexp": readout.logsumexp.reshape(shape).astype(np.float32),

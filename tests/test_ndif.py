@@ -1,12 +1,15 @@
+# ruff: noqa: F841, SIM117 (a session returns values by their names, and reads best as one block)
 """Runs on a server, against a small NDIF on loopback: real HTTP, nnsight's real client, real processes to kill."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +27,7 @@ from nnsight.modeling.transformers import TransformersModel
 
 import lalm_patch
 from lalm_patch.engine import ndif
-from lalm_patch.errors import CheckError, ConfigError, HostError, LalmPatchError, ModelError
+from lalm_patch.errors import CheckError, ConfigError, HostError, ModelError
 from lalm_patch.jobs import JOBS
 from lalm_patch.models import LALM
 from lalm_patch.settings import BackendSettings, ModelSettings
@@ -33,6 +36,7 @@ from lalm_patch.stimuli import Prompt
 TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6
+PROBABILITIES = ["p_clean", "p_corrupted", "p_patched"]
 
 
 class Server:
@@ -141,8 +145,7 @@ def test_voxtral_goes_too(server: Server, checkpoints: dict[str, Path], tmp_path
     what = (*what, f"outputs={tmp_path / 'outputs'}")
     server.control(strict=True)
     there, here = result(*what, *remote(server)), result(*what)
-    names = ["p_clean", "p_corrupted", "p_patched"]
-    assert_same_numbers(here[names], there[names])
+    assert_same_numbers(here[PROBABILITIES], there[PROBABILITIES])
 
 
 def client(checkpoint: Path) -> tuple[TransformersModel, LALM]:
@@ -162,7 +165,15 @@ class OwnBatching(TransformersModel):  # type: ignore[misc]
         return TransformersModel._batch(self, invokes, fn)
 
 
-@pytest.mark.parametrize("what", ["submodule", "stop", "gradient", "batching"])
+SANDBOX = {
+    "submodule": "OutOfOrderError: 'model.model.language_model.output'",
+    "stop": "BrokenPipeError",
+    "gradient": "OutOfOrderError: gradients",
+    "batching": "NotImplementedError: Can't batch these inputs",
+}
+
+
+@pytest.mark.parametrize("what", SANDBOX)
 def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, Path], prompt: Prompt) -> None:
     """What the session avoids is possible on the server as it is, and refused in strict mode."""
     model, lalm = client(checkpoints["qwen2_audio"])
@@ -178,7 +189,7 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
         if what == "submodule":
             with model.session(backend=backend):
                 with torch.no_grad(), model.model.language_model.trace(inputs_embeds=torch.zeros(1, 4, 64)):
-                    length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])  # noqa: F841
+                    length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])
         elif what == "stop":
             with model.session(backend=backend):
                 with torch.no_grad(), model.trace(**inputs) as half:
@@ -199,16 +210,17 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
                 with torch.no_grad(), model.trace(**inputs):
                     length = nnsight.save(model.output.logits.shape[1])
         while (saved := backend.poll()) is None:
-            time.sleep(0.02)
+            time.sleep(0.1)
         return saved["length"]
 
     assert send() > 0
     server.control(strict=True)
-    with pytest.raises(RemoteError, match=r"OutOfOrderError|BrokenPipeError|Can't batch these inputs"):
+    with pytest.raises(RemoteError, match=SANDBOX[what]):
         send()
 
 
-def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "lalm_patch", *arguments],
         cwd=folder,
@@ -223,59 +235,72 @@ def stored_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def test_client_killed_then_reattached(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    """The tiny model's run without any server."""
+    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
+
+
+def test_client_killed_then_reattached(
+    server: Server,
+    tiny: tuple[str, ...],
+    computed_here: xr.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Jobs that were sent are not sent again; and the key that was sent along is nowhere on disk."""
     before = len(server.states)
     server.control(hold=2, key=KEY)
-    arguments = (*tiny, *remote(server, "backend.max_jobs=3"))
-    process = run(tmp_path, *arguments, NDIF_API_KEY=KEY)
-    while len(server.states) - before < 5 or server.states[before:].count("COMPLETED") < 2:
+    arguments = (*tiny, f"outputs={tmp_path / 'outputs'}", *remote(server, "backend.max_jobs=3"))
+    process = start(tmp_path, *arguments, NDIF_API_KEY=KEY)
+    while len(server.states) - before < 5:  # two answers are stored, three jobs are held
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+        time.sleep(0.1)
     (book,) = (tmp_path / "outputs").rglob(JOBS)
     while len(json.loads(book.read_bytes())) != 3:
-        time.sleep(0.02)
+        time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert KEY not in process.communicate()[0]
     assert KEY.encode() not in stored_text(tmp_path)
+
     server.control(key=KEY)
-    out, _ = (process := run(tmp_path, *arguments, NDIF_API_KEY=KEY)).communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert out.count("going on with job") == 3
+    monkeypatch.setenv("NDIF_API_KEY", KEY)
+    with caplog.at_level(logging.INFO):
+        dataset = result(*arguments)
+    assert caplog.text.count("going on with job") == 3
     assert server.states[before:] == ["COMPLETED"] * CLIPS
     assert not book.exists()
-    assert KEY not in out
+    assert KEY not in caplog.text
     assert KEY.encode() not in stored_text(tmp_path)
-    (path,) = (tmp_path / "outputs").rglob("result.nc")
-    with xr.open_dataset(path) as dataset:
-        names = ["p_clean", "p_corrupted", "p_patched"]
-        assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+    assert_same_numbers(computed_here[PROBABILITIES], dataset[PROBABILITIES])
 
 
-def test_server_killed_in_mid_run(tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_server_killed_in_mid_run(tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path) -> None:
     """The run stops with one sentence and keeps what it has; the same command goes on with a new server."""
     first = Server()
     first.control(hold=3)
-    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.forget_seconds=0.2"))
-    process = run(tmp_path, *what)
-    while first.states.count("COMPLETED") < 3 or len(first.states) < CLIPS:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    first.kill()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "cannot be reached" in out
-    assert "the same command goes on" in out
-    assert "Traceback" not in out
+    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.max_jobs=3", "backend.forget_seconds=0.2"))
+
+    def kill_when_all_are_sent() -> None:
+        while len(first.states) < CLIPS:
+            time.sleep(0.05)
+        first.kill()
+
+    killer = threading.Thread(target=kill_when_all_are_sent)
+    killer.start()
+    with pytest.raises(HostError, match=r"cannot be reached.*the same command goes on"):
+        lalm_patch.trace(*what)
+    killer.join()
+    (folder,) = tmp_path.iterdir()
+    assert len(json.loads((folder / JOBS).read_bytes())) >= 2  # the last one may have been killed while it was sent
     again = Server(first.port)
     try:
         dataset = result(*what)
-        assert again.states == ["COMPLETED"] * len(again.states)
-        assert 3 <= len(again.states) <= 4  # the third answer may have been on its way
+        assert again.states == ["COMPLETED"] * 3
     finally:
         again.kill()
-    names = ["p_clean", "p_corrupted", "p_patched"]
-    assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+    assert_same_numbers(computed_here[PROBABILITIES], dataset[PROBABILITIES])
 
 
 REFUSALS = {
@@ -324,16 +349,19 @@ def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_pa
     engine.model_key = engine.model_key.replace(str(checkpoints["qwen2_audio"]), str(tmp_path / "absent"))
     backend = engine._backend()
     with engine._model.session(backend=backend):
-        result = nnsight.save(1)  # noqa: F841
+        result = nnsight.save(1)
     with pytest.raises(HostError, match="does not have the model"):  # noqa: PT012
         while engine.ask(str(backend.job_id))[1] is None:
-            time.sleep(0.02)
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
     ("overrides", "kind", "message"),
     [
-        (("model=desta25", "backend.host=http://127.0.0.1:9"), LalmPatchError, ""),
+        (("model=desta25",), ModelError, "needs this package to open or run it; use backend=local"),
+        (("model=qwen_audio",), ModelError, "needs this package"),
+        (("model=qwen3_omni",), ModelError, "needs this package"),
+        (("model=voxtral",), ConfigError, "no key for https://api.ndif.us.*NDIF_API_KEY"),
         (("backend.host=https://somewhere.example",), ModelError, "is a folder of this machine"),
         (("backend.host=somewhere.example",), ConfigError, "expected a URL"),
         (("backend.host=https://me:hunter2@somewhere.example",), ConfigError, "without user name"),
@@ -342,25 +370,17 @@ def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_pa
     ],
 )
 def test_refused_before_anything_is_sent(
-    overrides: tuple[str, ...], kind: type[Exception], message: str, tmp_path: Path
+    overrides: tuple[str, ...],
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("NDIF_API_KEY", "NDIF_HOST"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(kind, match=message) as caught:
         lalm_patch.trace("data.limit=5", f"outputs={tmp_path}", "backend=ndif", *overrides)
     assert "hunter2" not in str(caught.value)
-
-
-def test_native_family_is_refused(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family without a task of transformers' own has no place on a server."""
-    monkeypatch.setattr(type(lalm.family), "hosted_task", None)
-    settings = ModelSettings(name="tiny", family="native", id="demo")
-    with pytest.raises(ModelError, match="only this package has; use backend=local"):
-        ndif.NdifEngine(lalm, settings, BackendSettings("ndif", "http://127.0.0.1:9"))
-
-
-def test_public_host_wants_a_key(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NDIF_API_KEY", raising=False)
-    with pytest.raises(LalmPatchError, match="NDIF_API_KEY|folder of this machine"):
-        ndif.NdifEngine(lalm, ModelSettings(name="demo", id="demo"), BackendSettings("ndif", ndif.PUBLIC_HOST))
 
 
 def test_wrong_numbers_are_noticed(
@@ -378,10 +398,10 @@ def test_wrong_numbers_are_noticed(
         real(model, decoder, Shifted(**vars(request)), backend)
 
     monkeypatch.setattr(ndif, "send_session", shifted)
-    with pytest.raises(CheckError, match="remote_rows_equal_whole|restore_all|last_layer_identity"):
+    with pytest.raises(CheckError, match=r"remote_rows_equal_whole|restore_all|last_layer_identity"):
         lalm_patch.trace(*tiny, f"outputs={tmp_path}", "granularity=token", *remote(server))
 
 
 def test_other_dtype_on_the_server(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="set model.dtype=float32"):
+    with pytest.raises(ModelError, match=r"set model\.dtype=float32"):
         lalm_patch.trace(*tiny, f"outputs={tmp_path}", *remote(server, "model.dtype=float16"))

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from nnsight.schema.config import CONFIG
 
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest, read_answer, send_session
 from lalm_patch.errors import ConfigError, HostError, ModelError
-from lalm_patch.models import LALM
+from lalm_patch.models import FAMILIES, LALM
 from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.settings import BackendSettings, ModelSettings
 
@@ -69,11 +70,9 @@ class NdifEngine:
 
     def __init__(self, lalm: LALM, model: ModelSettings, backend: BackendSettings) -> None:
         self.settings = backend
-        self.host = _host(backend.host)
+        self.host = refuse_what_cannot_go(model, backend)
         checkpoint = find_checkpoint(model, weights=False)
-        self._folder = checkpoint.folder if checkpoint.local else None
-        self._refuse_what_cannot_go(lalm, model)
-        name = str(self._folder.resolve()) if self._folder else model.id
+        name = str(checkpoint.folder.resolve()) if checkpoint.local else model.id
         # The meta device: the wrapper says which modules there are, the server has the weights.
         self._model = TransformersModel(
             lalm.module, task=lalm.family.hosted_task, processor=lalm.family.processor, device="meta"
@@ -83,24 +82,6 @@ class NdifEngine:
         self.model_key: str = self._model.to_model_key()
         self._decoder = _descend(self._model, lalm.decoder_path)
         self._environment = {**self._model._remoteable_get_env(), "attn_implementation": model.attn_implementation}
-
-    def _refuse_what_cannot_go(self, lalm: LALM, model: ModelSettings) -> None:
-        if lalm.family.hosted_task is None:
-            raise ModelError(
-                f"backend=ndif: {model.name} cannot run on a server, because family {model.family!r} needs code that "
-                "only this package has; use backend=local"
-            )
-        elsewhere = urlsplit(self.host).hostname not in LOOPBACK
-        if elsewhere and self._folder:
-            raise ModelError(
-                f"backend=ndif: model.id={model.id} is a folder of this machine, which {self.host} cannot open; give "
-                "the hub id of a model that is deployed there, or use backend=local"
-            )
-        if self.host == PUBLIC_HOST and not _key():
-            raise ConfigError(
-                f"backend=ndif: no key for {self.host}; get one at https://login.ndif.us and put it into the "
-                f"environment: export {KEY_VARIABLE}=..."
-            )
 
     # --- jobs --------------------------------------------------------------------------------------------------
 
@@ -213,6 +194,33 @@ class NdifEngine:
         if last != text:
             log.warning("what %s says about the failed job:\n%s", self.host, text)
         return f"the job failed on {self.host}: {last}"
+
+
+def refuse_what_cannot_go(model: ModelSettings, backend: BackendSettings) -> str:
+    """The server's URL, if the run can be sent there: asked before anything is fetched, opened or sent.
+
+    Raises:
+        ConfigError: no usable address, or no key for the public NDIF.
+        ModelError: a model that a server cannot have.
+    """
+    host = _host(backend.host)
+    family = FAMILIES.get(model.family)
+    if family is not None and family.hosted_task is None:
+        raise ModelError(
+            f"backend=ndif: {model.name} cannot run on a server that has transformers alone: family {model.family!r} "
+            "needs this package to open or run it; use backend=local"
+        )
+    if urlsplit(host).hostname not in LOOPBACK and (model.id == "demo" or Path(model.id).expanduser().is_dir()):
+        raise ModelError(
+            f"backend=ndif: model.id={model.id} is a folder of this machine, which {host} cannot open; give the hub id "
+            "of a model that is deployed there, or use backend=local"
+        )
+    if host == PUBLIC_HOST and not _key():
+        raise ConfigError(
+            f"backend=ndif: no key for {host}; get one at https://login.ndif.us and put it into the environment: "
+            f"export {KEY_VARIABLE}=..."
+        )
+    return host
 
 
 def redacted(text: str) -> str:

@@ -1,8 +1,9 @@
 """One clip as one request: clean run, corrupted run and every cell of the grid, in one nnsight session.
 
 The session's body is what travels: its source, and the plain data it reads. It runs on a server that has the model and
-not this package, so it uses nothing but torch and nnsight; it traces the whole model only, never a submodule, and never
-stops a run half-way, because NDIF does neither for keys that are not trusted. What comes back is a few numbers per cell.
+not this package, so it uses nothing but torch and nnsight and there is nothing to register for shipping. It traces the
+whole model only, never a submodule, and never stops a run half-way, because NDIF does neither for keys that are not
+trusted. What comes back is a few numbers per cell.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def send_session(model: Any, decoder: Any, request: ClipRequest, backend: Any) -
                         decoder.layers[depth].output[0, spots] = states[depth][offsets]
                     alone = model.output.logits[:, -1].float().clone()
                 answers.append((alone[:, ids].cpu(), alone.logsumexp(-1).cpu(), alone.argmax(-1).cpu()))
-        result = nnsight.save(
+        result = nnsight.save(  # noqa: F841 (a server returns what is saved by the names it has here)
             {
                 "answers": answers,
                 "passes": ran,
