@@ -17,8 +17,8 @@ class ModelSettings:
         family: the adapter that knows its processor and prompt (`lalm_patch.models.FAMILIES`).
         id: hub id, or a local folder in the same layout. `demo` is the model shipped with the package.
         revision: branch, tag or commit on the hub.
-        decoder: hub id or folder of the language model, where the checkpoint is only a connector (DeSTA); null for the
-            one the checkpoint names.
+        decoder: hub id or folder of the language model, where the checkpoint is only a connector; null for the one the
+            checkpoint names.
         encoder: likewise, of the audio encoder.
         transcript: what `transcript=null` means for this model; null for a model that is given none.
         dtype: float32, bfloat16 or float16.
@@ -26,7 +26,7 @@ class ModelSettings:
         device_map: as in transformers (`auto` spreads the model over all GPUs); needs the extra `gpu`.
         attn_implementation: sdpa or eager.
         prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn), flat
-            (no template; base models), or fixed (DeSTA2: chat without the quirks of the original's prompt).
+            (no template; base models), or fixed (chat without the quirks of the original's prompt, where it has any).
         data: the data set used when `data=auto`.
     """
 
@@ -156,7 +156,7 @@ class RunSettings:
     """A whole run.
 
     Attributes:
-        transcript: what a model that is given a transcript with the audio (DeSTA) reads: clean (the clip's own, in both
+        transcript: what a model that is given a transcript with the audio reads: clean (the clip's own, in both
             runs), none, upstream (each run's own, as in the original), or a text; null for the model's default.
         dry_run: say what would be run, and run nothing; needs no weights.
         outputs: where run folders are made.

@@ -1,4 +1,4 @@
-"""What a model that reads a transcript beside the audio is given: the setting, and Whisper run once per clip."""
+"""What a model that reads a transcript beside the audio is given: the setting, and each clip transcribed once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Transcripts:
     Args:
         lalm: the model.
         settings: `transcript`, or the model's own; `outputs`, where the cache lies: one file per clip and transcriber,
-            shared by all runs, so that Whisper hears a clip once.
+            shared by all runs, so that a clip is transcribed once.
 
     Attributes:
         setting: clean, none, upstream, a text, or None for a model that reads no transcript.

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from lalm_patch.analysis.paper import ALL_MODELS
 from lalm_patch.journal import replace_file, storage_error
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ ROLE_COLOURS = {
 ATTRIBUTES = ("animal", "emotion", "gender", "language")
 """Order of the panels; other attributes follow by name."""
 
-# The five models of the paper look the same in every figure: Wong's colour-blind safe colours, and marks for print.
-_MODELS = ("desta2", "desta25", "qwen_audio", "qwen2_audio", "voxtral")
+# The models of the paper look the same in every figure: Wong's colour-blind safe colours, and marks for print.
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 _STYLE: dict[Any, Any] = {
@@ -60,7 +60,7 @@ def styled() -> AbstractContextManager[None]:
 def looks(models: Iterable[str]) -> dict[str, tuple[Any, str]]:
     """Colour and mark of each model; those of the paper always have the same."""
     palette = seaborn.color_palette("colorblind")
-    order = [*_MODELS, *sorted(set(models) - set(_MODELS))]
+    order = [*ALL_MODELS, *sorted(set(models) - set(ALL_MODELS))]
     return {name: (palette[k % len(palette)], _MARKS[k % len(_MARKS)]) for k, name in enumerate(order)}
 
 
