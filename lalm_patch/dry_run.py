@@ -68,10 +68,14 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     tokens, _ = lalm.inputs(waveform, prompt, layout)
     grid = make_grid(settings.granularity.name, tokens, chosen_layers(lalm.num_layers, settings.granularity.layers))
     obstacle = replay_obstacle(lalm)
-    replay = settings.engine.name != "direct" and obstacle is None
+    there = settings.backend.name == "ndif"
+    replay = settings.engine.name != "direct" and obstacle is None and not there
     cost = estimate(lalm, grid, tokens, settings, replay)
     clips = f"{len(records)} clips" if isinstance(records, list) else f"clips unknown here ({records})"
     engine = "replay" if replay else "direct" + (f" ({obstacle})" if obstacle else "")
+    if there:
+        rows = max(1, settings.engine.pack_tokens // len(tokens))
+        engine = f"ndif, on a server: one request per clip, its cells in passes of {rows} rows; otherwise as direct"
     total = f"; all clips {_duration(cost.seconds * len(records))}" if isinstance(records, list) else ""
     lines = [
         f"model    {settings.model.name}: {lalm.id} ({lalm.commit}), {type(lalm.module).__name__}, {lalm.num_layers} "

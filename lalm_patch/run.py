@@ -102,10 +102,7 @@ class _Work:
     def __init__(self, settings: RunSettings, folder: Path, command: str) -> None:
         self.started = time.monotonic()
         self.settings, self.folder, self.command = settings, folder, command
-        if settings.backend.name == "ndif":
-            from lalm_patch.engine.ndif import refuse_what_cannot_go
-
-            refuse_what_cannot_go(settings.model, settings.backend)
+        _check_backend(settings)
         self.attribute = _attribute(settings)
         self.records = load_records(settings, self.attribute)
         self.identity = _identity(settings, self.records)
@@ -171,6 +168,7 @@ def dry_run(settings: RunSettings) -> str:
     """
     from lalm_patch.dry_run import describe_run
 
+    _check_backend(settings)
     attribute = _attribute(settings)
     records: list[Record] | DataError
     try:
@@ -178,6 +176,14 @@ def dry_run(settings: RunSettings) -> str:
     except DataError as error:
         records = error
     return describe_run(settings, attribute, records)
+
+
+def _check_backend(settings: RunSettings) -> None:
+    """Refuse what cannot go to a server before clips or models are looked for."""
+    if settings.backend.name == "ndif":
+        from lalm_patch.engine.ndif import refuse_what_cannot_go
+
+        refuse_what_cannot_go(settings.model, settings.backend)
 
 
 def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:

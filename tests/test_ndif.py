@@ -1,13 +1,15 @@
-# ruff: noqa: F841 (a session returns what is saved by the names it has)
+# ruff: noqa: F841, SIM117 (a session returns values by their names, and reads best as one block)
 """Runs on a server, against a small NDIF on loopback: real HTTP, nnsight's real client, real processes to kill."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from lalm_patch.stimuli import Prompt
 TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6
+PROBABILITIES = ["p_clean", "p_corrupted", "p_patched"]
 
 
 class Server:
@@ -142,8 +145,7 @@ def test_voxtral_goes_too(server: Server, checkpoints: dict[str, Path], tmp_path
     what = (*what, f"outputs={tmp_path / 'outputs'}")
     server.control(strict=True)
     there, here = result(*what, *remote(server)), result(*what)
-    names = ["p_clean", "p_corrupted", "p_patched"]
-    assert_same_numbers(here[names], there[names])
+    assert_same_numbers(here[PROBABILITIES], there[PROBABILITIES])
 
 
 def client(checkpoint: Path) -> tuple[TransformersModel, LALM]:
@@ -163,7 +165,15 @@ class OwnBatching(TransformersModel):  # type: ignore[misc]
         return TransformersModel._batch(self, invokes, fn)
 
 
-@pytest.mark.parametrize("what", ["submodule", "stop", "gradient", "batching"])
+SANDBOX = {
+    "submodule": "OutOfOrderError: 'model.model.language_model.output'",
+    "stop": "BrokenPipeError",
+    "gradient": "OutOfOrderError: gradients",
+    "batching": "NotImplementedError: Can't batch these inputs",
+}
+
+
+@pytest.mark.parametrize("what", SANDBOX)
 def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, Path], prompt: Prompt) -> None:
     """What the session avoids is possible on the server as it is, and refused in strict mode."""
     model, lalm = client(checkpoints["qwen2_audio"])
@@ -205,11 +215,12 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
 
     assert send() > 0
     server.control(strict=True)
-    with pytest.raises(RemoteError, match=r"OutOfOrderError|BrokenPipeError|Can't batch these inputs"):
+    with pytest.raises(RemoteError, match=SANDBOX[what]):
         send()
 
 
-def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "lalm_patch", *arguments],
         cwd=folder,
@@ -224,59 +235,72 @@ def stored_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def test_client_killed_then_reattached(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    """The tiny model's run without any server."""
+    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
+
+
+def test_client_killed_then_reattached(
+    server: Server,
+    tiny: tuple[str, ...],
+    computed_here: xr.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Jobs that were sent are not sent again; and the key that was sent along is nowhere on disk."""
     before = len(server.states)
     server.control(hold=2, key=KEY)
-    arguments = (*tiny, *remote(server, "backend.max_jobs=3"))
-    process = run(tmp_path, *arguments, NDIF_API_KEY=KEY)
-    while len(server.states) - before < 5 or server.states[before:].count("COMPLETED") < 2:
+    arguments = (*tiny, f"outputs={tmp_path / 'outputs'}", *remote(server, "backend.max_jobs=3"))
+    process = start(tmp_path, *arguments, NDIF_API_KEY=KEY)
+    while len(server.states) - before < 5:  # two answers are stored, three jobs are held
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     (book,) = (tmp_path / "outputs").rglob(JOBS)
     while len(json.loads(book.read_bytes())) != 3:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert KEY not in process.communicate()[0]
     assert KEY.encode() not in stored_text(tmp_path)
+
     server.control(key=KEY)
-    out, _ = (process := run(tmp_path, *arguments, NDIF_API_KEY=KEY)).communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert out.count("going on with job") == 3
+    monkeypatch.setenv("NDIF_API_KEY", KEY)
+    with caplog.at_level(logging.INFO):
+        dataset = result(*arguments)
+    assert caplog.text.count("going on with job") == 3
     assert server.states[before:] == ["COMPLETED"] * CLIPS
     assert not book.exists()
-    assert KEY not in out
+    assert KEY not in caplog.text
     assert KEY.encode() not in stored_text(tmp_path)
-    (path,) = (tmp_path / "outputs").rglob("result.nc")
-    with xr.open_dataset(path) as dataset:
-        names = ["p_clean", "p_corrupted", "p_patched"]
-        assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+    assert_same_numbers(computed_here[PROBABILITIES], dataset[PROBABILITIES])
 
 
-def test_server_killed_in_mid_run(tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_server_killed_in_mid_run(tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path) -> None:
     """The run stops with one sentence and keeps what it has; the same command goes on with a new server."""
     first = Server()
     first.control(hold=3)
-    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.forget_seconds=0.2"))
-    process = run(tmp_path, *what)
-    while first.states.count("COMPLETED") < 3 or len(first.states) < CLIPS:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    first.kill()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "cannot be reached" in out
-    assert "the same command goes on" in out
-    assert "Traceback" not in out
+    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.max_jobs=3", "backend.forget_seconds=0.2"))
+
+    def kill_when_all_are_sent() -> None:
+        while len(first.states) < CLIPS:
+            time.sleep(0.05)
+        first.kill()
+
+    killer = threading.Thread(target=kill_when_all_are_sent)
+    killer.start()
+    with pytest.raises(HostError, match=r"cannot be reached.*the same command goes on"):
+        lalm_patch.trace(*what)
+    killer.join()
+    (folder,) = tmp_path.iterdir()
+    assert len(json.loads((folder / JOBS).read_bytes())) >= 2  # the last one may have been killed while it was sent
     again = Server(first.port)
     try:
         dataset = result(*what)
-        assert again.states == ["COMPLETED"] * len(again.states)
-        assert 3 <= len(again.states) <= 4  # the third answer may have been on its way
+        assert again.states == ["COMPLETED"] * 3
     finally:
         again.kill()
-    names = ["p_clean", "p_corrupted", "p_patched"]
-    assert_same_numbers(result(*tiny, f"outputs={tmp_path / 'here'}")[names], dataset[names])
+    assert_same_numbers(computed_here[PROBABILITIES], dataset[PROBABILITIES])
 
 
 REFUSALS = {
