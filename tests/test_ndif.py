@@ -187,7 +187,7 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
         backend.display.enabled = False
         backend.blocking = False
         if what == "submodule":
-            with model.session(backend=backend):  # noqa: SIM117
+            with model.session(backend=backend):
                 with torch.no_grad(), model.model.language_model.trace(inputs_embeds=torch.zeros(1, 4, 64)):
                     length = nnsight.save(model.model.language_model.output.last_hidden_state.shape[1])
         elif what == "stop":
@@ -198,7 +198,7 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
                 with torch.no_grad(), model.trace(**inputs):
                     length = nnsight.save(state.shape[1] + model.output.logits.shape[1])
         elif what == "gradient":
-            with model.session(backend=backend):  # noqa: SIM117
+            with model.session(backend=backend):
                 with model.trace(**inputs):
                     state = model.model.language_model.layers[0].output
                     state.requires_grad_(True)
@@ -206,7 +206,7 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
                     with loss.backward():
                         length = nnsight.save(state.grad.shape[1])
         else:
-            with model.session(backend=backend):  # noqa: SIM117
+            with model.session(backend=backend):
                 with torch.no_grad(), model.trace(**inputs):
                     length = nnsight.save(model.output.logits.shape[1])
         while (saved := backend.poll()) is None:
