@@ -6,9 +6,11 @@ its sums.
 
 The intervals are bias-corrected and accelerated (BCa, Efron 1987), with the acceleration from leaving out one cluster
 at a time, since recovery is skewed. Their level is widened for few clusters as in the expanded percentile interval
-(Hesterberg 2015, The American Statistician 69:4, 371-386): Student's t with one degree of freedom less than there are
-clusters, instead of the normal. Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing
-is corrected and the interval is that one value. benchmarks/coverage.py measures how often they hold the truth.
+(Hesterberg 2015, The American Statistician 69:4, 371-386): Student's t instead of the normal. Its degrees of freedom
+are one less than the clusters, or fewer where few clusters make most of the variance, because clusters differ in size:
+as many as give the variance of a variance that the kurtosis of the left-out values implies (Satterthwaite 1946). Where
+all samples agree, as they do where recovery is 0 or 1 by construction, nothing is corrected and the interval is that
+one value. benchmarks/coverage.py measures how often they hold the truth.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ class Resampled:
         if self.groups > 1 and some.size:
             drawn, count = drawn[:, some], count[some]
             shift = _bias(drawn, cells[0, some], count)
-            acceleration = _acceleration(cells[1 : 1 + self.left_out, some])
-            half = sqrt(self.groups / (self.groups - 1)) * float(t.ppf((1 + confidence) / 2, self.groups - 1))
+            acceleration, freedom = _shape(cells[1 : 1 + self.left_out, some], self.groups)
+            half = sqrt(self.groups / (self.groups - 1)) * t.ppf((1 + confidence) / 2, freedom)
             for row, z in enumerate((-half, half)):
                 moved = shift + z
                 level = norm.cdf(shift + moved / np.maximum(1 - acceleration * moved, 1e-3))
@@ -148,12 +150,19 @@ def _bias(drawn: FloatArray, value: FloatArray, count: NDArray[np.int64]) -> Flo
     return np.asarray(norm.ppf(np.clip(share, 0.5 / count, 1 - 0.5 / count)))
 
 
-def _acceleration(left_out: FloatArray) -> FloatArray:
-    """Skewness of the estimate from its values with one cluster left out [cluster, cell], over 6."""
+def _shape(left_out: FloatArray, groups: int) -> tuple[FloatArray, FloatArray]:
+    """Acceleration and degrees of freedom of each cell, from its values with one cluster left out [cluster, cell].
+
+    The acceleration is the values' skewness over 6 sqrt(n), the degrees of freedom 2 n / (kurtosis - 1).
+    """
     usable = np.where(np.isnan(left_out).any(axis=0), 0.0, left_out)
     away = usable.mean(axis=0) - usable
-    spread = (away**2).sum(axis=0) ** 1.5
-    return np.asarray(np.divide((away**3).sum(axis=0), 6 * spread, out=np.zeros(away.shape[1]), where=spread > 0))
+    square = (away**2).sum(axis=0)
+    spread = square > 0
+    acceleration = np.divide((away**3).sum(axis=0), 6 * square**1.5, out=np.zeros_like(square), where=spread)
+    kurtosis = np.divide(len(away) * (away**4).sum(axis=0), square**2, out=np.ones_like(square), where=spread)
+    freedom = np.minimum(2 * len(away) / np.maximum(kurtosis - 1, 1e-9), groups - 1)
+    return np.asarray(acceleration), np.asarray(freedom)
 
 
 def _sorted_quantile(ordered: FloatArray, count: NDArray[np.int64], level: FloatArray) -> FloatArray:
