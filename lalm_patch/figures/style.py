@@ -132,11 +132,11 @@ def panels(count: int, width: float, height: float, gap: float = 0.75) -> tuple[
     ]
 
 
-def rendered(figure: Figure, kind: str) -> bytes:
+def rendered(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
     """The picture as bytes, the same for the same data: without the date and the writing program."""
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[kind]
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
+    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 

@@ -41,6 +41,9 @@ from lalm_patch.store import JOURNAL, RESULT, open_result
 log = logging.getLogger(__name__)
 
 PAGE = "report.html"
+PAGE_DPI = 120
+"""Of the runs' own pictures on the page; print-quality ones lie with the runs."""
+
 FIGURES = "figures"
 SHOWN_APART = ("settings", "checks", "command")
 
@@ -119,7 +122,7 @@ def _run(run: xr.Dataset, path: Path) -> dict[str, Any]:
     info = about(run)
     recovery = mean_recovery(run, seed=info.seed)
     with styled():
-        picture = rendered(draw_run(run, recovery), "png")
+        picture = rendered(draw_run(run, recovery), "png", PAGE_DPI)
     table = exclusion_table(run)
     counts = bool(run["kept"].any())
     last = recovery.isel(token=-1) if "token" in recovery.dims else recovery
