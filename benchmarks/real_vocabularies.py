@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mistral_common
+from tokenizers import processors
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -58,8 +59,6 @@ def llama(vocabulary: Path, release: str) -> PreTrainedTokenizerFast:
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Llama's own post-processor, which begins every text with a BOS."""
-    from tokenizers import processors
-
     bos = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
@@ -80,17 +79,13 @@ def voxtral(folder: Path) -> Voxtral:
     """Voxtral's processor on mistral-common's text vocabulary, with the audio tokens at their ranks."""
     tekken = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text())
     tekken.pop("image", None)
-    named = {entry["rank"]: entry for entry in tekken.get("special_tokens") or []}
     fixed = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
     fixed += " [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT]"
     fixed += " [/SYSTEM_PROMPT] [TOOL_CONTENT]"
     names = dict(enumerate(fixed.split())) | {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
-    count = tekken["config"]["default_num_special_tokens"]
     tekken["special_tokens"] = [
-        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
-        for rank in range(max(35, len(named)))
+        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True} for rank in range(35)
     ]
-    assert count >= 35
     tekken["config"]["version"] = "v7"
     tekken["audio"] = {
         "sampling_rate": 16000,

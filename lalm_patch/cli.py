@@ -17,6 +17,7 @@ from lalm_patch.errors import LalmPatchError
 from lalm_patch.launchers import sweep
 from lalm_patch.runs import failure_recorded, sweep_summary
 from lalm_patch.shards import run_folder_of
+from lalm_patch.terminal import command_line
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ def run_one(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     try:
-        from lalm_patch.run import dry_run, run, run_command
+        from lalm_patch.run import dry_run, run
 
-        command = run_command(hydra_config.overrides.task)
+        command = command_line(hydra_config.overrides.task)
         with failure_recorded(folder, command):
             _quiet_libraries()
             settings = to_settings(config)

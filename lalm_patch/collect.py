@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.analysis import Peak, accuracy, mean_recovery, over_layers, peak_layer, run_settings
+from lalm_patch.analysis import Peak, about, accuracy, mean_recovery, over_layers, peak_layer
 from lalm_patch.checks import from_json
 from lalm_patch.errors import DataError, LalmPatchError, StoreError
 from lalm_patch.journal import replace_file, storage_error
@@ -121,7 +121,7 @@ def _read(folder: Path) -> CollectedRun:
     except StoreError as error:
         return CollectedRun(RunStatus(folder, State.DAMAGED, note=str(error)))
     identity = json.loads(dataset.attrs["run_identity"])
-    recovery = mean_recovery(dataset, seed=int(run_settings(dataset).get("seed", 0)))
+    recovery = mean_recovery(dataset, seed=about(dataset).seed)
     return CollectedRun(found, dataset, identity, recovery, peak_layer(dataset, recovery))
 
 

@@ -19,14 +19,16 @@ from torch import nn
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine import ReplayEngine
 from lalm_patch.engine.choose import replay_obstacle
+from lalm_patch.engine.memory import bytes_per_token
 from lalm_patch.errors import DataError
 from lalm_patch.grids import Grid, chosen_layers, make_grid
 from lalm_patch.models import LALM, TokenTable
+from lalm_patch.models.lalm import device_name
+from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
 from lalm_patch.settings import RunSettings
-from lalm_patch.stimuli import SAMPLING_RATE, Attribute, Prompt, Record
+from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.transcripts import Transcripts
 
-EXAMPLE_SECONDS = 3.0
 _GIGA = 1e9
 
 
@@ -89,7 +91,8 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
         f"engine   {engine}: {cost.passes} forward passes per clip, clean and corrupted run included",
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
         f"{cost.working / _GIGA:.2f} GB for the largest pack",
-        f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on {_device(settings)})",
+        f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on "
+        f"{device_name(settings.model)})",
         "checks   " + "\n         ".join(f"{name}: {STATEMENTS[name]}" for name in STATEMENTS),
         "settings " + json.dumps(asdict(settings)),
         "Nothing was run. Leave out dry_run=true to run it.",
@@ -104,7 +107,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     Audio tower and projector run once per clip and once for what replaces it.
     """
     length, layers = len(tokens), lalm.num_layers
-    item = getattr(torch, settings.model.dtype).itemsize
+    item = lalm.dtype.itemsize
     decoder: Any = lalm.decoder_module
     config = decoder.config
     per_layer = _parameters(decoder.layers) // layers
@@ -124,12 +127,11 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         pack = length
     attention = 4 * length * config.hidden_size
     operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
-    widest = max(getattr(config, "intermediate_size", 0) * 3, config.hidden_size * 6)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     kept = layers * (2 * key_width * length + 2 * config.hidden_size * (length - first))
-    working = item * (pack * widest + kept) + 4 * config.vocab_size * len(grid.cells[: max(1, pack // 8)])
-    return Cost(passes, positions, operations / _speed(settings), whole * item, working)
+    working = pack * bytes_per_token(lalm, length) + item * kept
+    return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working)
 
 
 def _audio_frames(tokens: TokenTable) -> int:
@@ -141,10 +143,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _speed(settings: RunSettings, size: int = 1024, seconds: float = 0.2) -> float:
+def _speed(dtype: torch.dtype, settings: RunSettings, size: int = 1024, seconds: float = 0.2) -> float:
     """Operations per second of matrix products of the run's type on its device."""
-    device, dtype = torch.device(_device(settings)), getattr(torch, settings.model.dtype)
-    left = torch.randn(size, size, device=device).to(dtype)
+    left = torch.randn(size, size, device=device_name(settings.model)).to(dtype)
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         (left @ left).sum().item()  # item: waits for the device
@@ -152,19 +153,11 @@ def _speed(settings: RunSettings, size: int = 1024, seconds: float = 0.2) -> flo
     return 2 * size**3 * products / (time.perf_counter() - started)
 
 
-def _device(settings: RunSettings) -> str:
-    if settings.model.device != "auto":
-        return settings.model.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _example(records: list[Record] | DataError) -> tuple[np.ndarray, str]:
     if isinstance(records, list):
         record = records[0]
         return record.waveform(None), f"clip {record.id}"
-    samples = int(EXAMPLE_SECONDS * SAMPLING_RATE)
-    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
-    return noise, f"{EXAMPLE_SECONDS:g} s of noise"
+    return noise_clip(), f"{NOISE_SECONDS:g} s of noise"
 
 
 def _token_lines(tokens: TokenTable) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lalm_patch.checks import Check
 from lalm_patch.engine.ndif import JobFailed, JobLost, NdifEngine
@@ -23,10 +22,10 @@ from lalm_patch.interventions import Intervention, Patch
 from lalm_patch.jobs import Job, JobBook
 from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import TokenTable
-from lalm_patch.models.proof import NOISE_SECONDS, TOLERANCES
+from lalm_patch.models.proof import noise_clip
 from lalm_patch.progress import Progress
-from lalm_patch.stimuli import SAMPLING_RATE, Prompt, Record, corrupt
-from lalm_patch.tracing import SampleTrace, Tracer, readout_arrays
+from lalm_patch.stimuli import Prompt, Record, corrupt
+from lalm_patch.tracing import SampleTrace, Tracer, digest_of, readout_arrays
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +60,7 @@ class RemoteTracer(Tracer):
 
     def _open(self, prompt: Prompt) -> TokenTable:
         self.server = NdifEngine(self.lalm, self.settings.model, self.settings.backend)
-        # The outline has no weights to take the type from; what the server has is compared with the setting.
-        self.tolerance = self.settings.engine.tolerance or TOLERANCES[getattr(torch, self.settings.model.dtype)]
-        noise = np.random.default_rng(0).normal(0, 0.1, int(NOISE_SECONDS * SAMPLING_RATE)).astype(np.float32)
+        noise = noise_clip()
         tokens, _ = self.lalm.inputs(noise, prompt, self.layout)
         silent, _ = self.lalm.inputs(np.zeros_like(noise), prompt, self.layout)
         self.checks.append(Check.at_most("same_layout", float(not tokens.same_layout(silent)), 0.0))
@@ -160,12 +157,9 @@ class RemoteTracer(Tracer):
         return Intervention(), Intervention([Patch(middle, tuple(range(len(tokens))))])
 
     def _digest(self, request: ClipRequest) -> str:
-        digest = hashlib.sha256(self.server.model_key.encode())
-        for inputs in (request.clean, request.corrupted):
-            for name in sorted(inputs):
-                digest.update(name.encode() + inputs[name].contiguous().numpy().tobytes())
         rest = replace(request, clean={}, corrupted={})
-        return hashlib.sha256(digest.digest() + repr(rest).encode()).hexdigest()
+        inputs = digest_of(request.clean) + digest_of(request.corrupted)
+        return hashlib.sha256(inputs + f"{self.server.model_key}\0{rest!r}".encode()).hexdigest()
 
     def _send(self, clip: _Clip) -> None:
         clip.job, clip.state, clip.last_heard = self.server.submit(clip.request), "RECEIVED", time.monotonic()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from lalm_patch.analysis import mean_recovery
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
 from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
@@ -27,6 +27,7 @@ from lalm_patch.shards import Shard, mark_complete, remove_journals, shard_folde
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
 from lalm_patch.store import RESULT, RunStore, is_finished
 from lalm_patch.summary import summary
+from lalm_patch.terminal import command_line
 
 if TYPE_CHECKING:
     from lalm_patch.tracing import Tracer
@@ -56,12 +57,7 @@ def trace(*overrides: str) -> RunOutcome:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
     settings = compose(*overrides)
-    return run(settings, Path(settings.outputs) / settings.run_name, run_command(overrides))
-
-
-def run_command(overrides: Sequence[str]) -> str:
-    """The command line of one run."""
-    return shlex.join(["python", "-m", "lalm_patch", *overrides])
+    return run(settings, Path(settings.outputs) / settings.run_name, command_line(overrides))
 
 
 def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
@@ -110,7 +106,9 @@ class _Work:
 
     def complete(self) -> RunOutcome:
         """Everything that is missing, then the result."""
-        unusable = _unusable(self.records, len(self.records), self.settings)
+        # Every clip is decoded for this: not to show a result again.
+        finished = is_finished(self.folder, self.identity)
+        unusable = {} if finished else _unusable(self.records, len(self.records), self.settings)
         with RunStore(self.folder, self.identity) as store:
             if store.finished:
                 log.info("this run is finished; its result is shown again")
@@ -121,8 +119,9 @@ class _Work:
                 self._finalise(store)
             remove_journals(self.folder)
             dataset = store.load()
-        files = (self.folder / RESULT, *plot_run(dataset, self.folder))
-        return RunOutcome(dataset, files, summary(dataset, files))
+        recovery = mean_recovery(dataset, seed=self.settings.seed)
+        files = (self.folder / RESULT, *plot_run(dataset, self.folder, recovery))
+        return RunOutcome(dataset, files, summary(dataset, files, recovery))
 
     def shard(self, shard: Shard) -> RunOutcome:
         """The shard's clips; and the result, if no other clips are missing then."""
@@ -204,8 +203,7 @@ def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:
 
 
 def _attribute(settings: RunSettings) -> Attribute:
-    attr = settings.attr
-    return Attribute(attr.name, attr.question, tuple(attr.options), attr.response, attr.folder)
+    return Attribute(**asdict(settings.attr))
 
 
 def _unusable(records: Sequence[Record], total: int, settings: RunSettings) -> dict[str, str]:

@@ -21,6 +21,7 @@ from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.journal import replace_file, snapshot
 from lalm_patch.shards import is_complete, run_folder_of, shard_folders
 from lalm_patch.store import JOURNAL, RECEIPT, RESULT, read_receipt
+from lalm_patch.terminal import as_typed, command_line
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class SweepRun:
     @property
     def command(self) -> str:
         """The command that carries out or goes on with this run alone."""
-        return shlex.join(["python", "-m", "lalm_patch", *self.overrides])
+        return command_line(self.overrides)
 
 
 def sweep_summary(runs: Sequence[SweepRun]) -> tuple[str, bool]:
@@ -157,7 +158,7 @@ def sweep_summary(runs: Sequence[SweepRun]) -> tuple[str, bool]:
 
 
 def _detail(run: SweepRun, state: RunStatus) -> str:
-    where = _short(run.folder)
+    where = as_typed(run.folder)
     if state.state is State.FINISHED:
         with xr.open_dataset(run_folder_of(run.folder) / RESULT) as dataset:
             attributes = dataset.attrs
@@ -167,12 +168,7 @@ def _detail(run: SweepRun, state: RunStatus) -> str:
 
 
 def _root(runs: Sequence[SweepRun]) -> str:
-    return _short(Path(os.path.commonpath([run_folder_of(run.folder).parent for run in runs])))
-
-
-def _short(path: Path) -> str:
-    """The path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return as_typed(Path(os.path.commonpath([run_folder_of(run.folder).parent for run in runs])))
 
 
 def _cut(text: str, length: int = 200) -> str:

@@ -11,6 +11,7 @@ import xarray as xr
 from lalm_patch.analysis import (
     KEPT,
     Cell,
+    about,
     accuracy,
     exclusion_table,
     is_readable,
@@ -20,18 +21,19 @@ from lalm_patch.analysis import (
     over_layers,
     peak_layer,
     planted_window,
-    run_settings,
     why_none_counts,
 )
 from lalm_patch.checks import from_json
+from lalm_patch.terminal import as_typed
 
 
-def summary(dataset: xr.Dataset, files: Sequence[Path]) -> str:
+def summary(dataset: xr.Dataset, files: Sequence[Path], recovery: xr.Dataset | None = None) -> str:
     """What a run found, whom it counted, and whether to trust it.
 
     Args:
         dataset: the run's dataset.
         files: what was written.
+        recovery: its `mean_recovery`, where that is there already.
     """
     attributes = dataset.attrs
     lines = [
@@ -40,16 +42,11 @@ def summary(dataset: xr.Dataset, files: Sequence[Path]) -> str:
         f"model    {attributes['model_id']} ({attributes['model_revision']}), {attributes['model_layers']} layers, "
         f"{attributes['dtype']}, engine {attributes['engine']}",
         *_samples(dataset),
-        *_findings(dataset),
+        *_findings(dataset, mean_recovery(dataset, seed=about(dataset).seed) if recovery is None else recovery),
         *_checks(dataset),
-        "files    " + "\n         ".join(_short(path) for path in files),
+        "files    " + "\n         ".join(as_typed(path) for path in files),
     ]
     return "\n".join(lines)
-
-
-def _short(path: Path) -> str:
-    """The path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _samples(dataset: xr.Dataset) -> list[str]:
@@ -77,8 +74,7 @@ def _samples(dataset: xr.Dataset) -> list[str]:
     return lines + [f"         {note}" for note in lost_classes(dataset)]
 
 
-def _findings(dataset: xr.Dataset) -> list[str]:
-    recovery = mean_recovery(dataset, seed=int(run_settings(dataset).get("seed", 0)))
+def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     peak = peak_layer(dataset, recovery)
     if peak is None:
         return [why_none_counts(dataset)]

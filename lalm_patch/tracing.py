@@ -177,7 +177,7 @@ class Tracer:
 
     def _encode_corrupted(self, waveform: np.ndarray, prompt: Prompt) -> Encoding:
         tokens, inputs = self.lalm.inputs(waveform, prompt, self.layout)
-        key = _digest(inputs)
+        key = digest_of(inputs)
         if key not in self._corrupted:
             self._corrupted[key] = self.lalm.embed(tokens, inputs)
             while len(self._corrupted) > CORRUPTED_ENCODINGS_KEPT:
@@ -247,7 +247,7 @@ def _as_sent(tokens: TokenTable) -> str:
     return f"{''.join(before)}[{len(audio)} audio positions]{''.join(after)}"
 
 
-def _digest(inputs: dict[str, Tensor]) -> bytes:
+def digest_of(inputs: dict[str, Tensor]) -> bytes:
     """Equal inputs, equal key: tells when a corrupted run was seen before."""
     digest = hashlib.blake2b()
     for name in sorted(inputs):

@@ -90,4 +90,4 @@ def test_what_a_run_refuses_the_dry_run_refuses(tmp_path: Path) -> None:
 def test_without_clips_the_example_is_noise(tmp_path: Path) -> None:
     page = dry_run(compose("data=sakura", f"data.root={tmp_path / 'nowhere'}"))
     assert "clips unknown here" in page
-    assert "3 s of noise" in page
+    assert "1.5 s of noise" in page

@@ -19,7 +19,7 @@ import xarray as xr
 from lalm_patch.analysis.alignment import align_tokens
 from lalm_patch.analysis.comparison import depth_shares
 from lalm_patch.analysis.depth import crossing
-from lalm_patch.analysis.paper import ALL_ATTRIBUTES, CLAIMS, DESTA, QWEN, Claim
+from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import object_difference, object_effect
 from lalm_patch.analysis.recovery import group_names, layer_curves
 from lalm_patch.analysis.resampling import ClusterSums, Estimate, Resampled, resample, resample_together
@@ -86,8 +86,10 @@ def relevant(findings: Sequence[Finding]) -> list[Finding]:
 
 def _check(claim: Claim, index: Index) -> Finding:
     measure = MEASURES[claim.measure]
-    attributes = ("emotion, gender | animal, language",) if measure is lead_contrast else claim.attributes
-    others = (*DESTA, *QWEN) if measure is earlier_than_others else ("",)
+    # A contrast between attributes is one number; a comparison without one has a number for each model compared with.
+    attributes, others = claim.attributes, claim.against or ("",)
+    if claim.contrast:
+        attributes, others = (f"{', '.join(claim.attributes)} | {', '.join(claim.contrast)}",), ("",)
     places = [(model, attribute, other) for model in claim.models for attribute in attributes for other in others]
     confidence = 1 - FAMILY_ERROR / len(places)
     parts = []
@@ -180,18 +182,18 @@ def earlier_than_others(index: Index, claim: Claim, model: str, attribute: str, 
 
 
 def lead_contrast(index: Index, claim: Claim, model: str, attribute: str, other: str) -> Measured:
-    """Mean lead over the other models on emotion and gender, minus that on animal and language."""
-    keys = [(name, attr) for attr in ALL_ATTRIBUTES for name in (model, *DESTA, *QWEN)]
+    """Mean lead over the other models on the claim's attributes, minus that on those of its contrast."""
+    both = (*claim.attributes, *claim.contrast)
+    keys = [(name, attr) for attr in both for name in (model, *claim.against)]
     runs = {key: _one(index, *key, claim.granularity) for key in keys}
     together = resample_together([layer_curves(run) for run in runs.values()], 0, DRAWS)
     shares = {key: depth_shares(runs[key], part.values) for key, part in zip(keys, together, strict=True)}
     lead = {
-        attr: np.mean([shares[name, attr] for name in (*DESTA, *QWEN)], axis=0) - shares[model, attr]
-        for attr in ALL_ATTRIBUTES
+        attr: np.mean([shares[name, attr] for name in claim.against], axis=0) - shares[model, attr] for attr in both
     }
-    contrast = (lead["emotion"] + lead["gender"] - lead["animal"] - lead["language"]) / 2
-    ahead = bool(lead["emotion"][0] + lead["gender"][0] > 0)
-    return replace(together[0], values=contrast), "" if ahead else "there is no lead", lambda confidence: ahead
+    here, there = (np.mean([lead[attr] for attr in some], axis=0) for some in (claim.attributes, claim.contrast))
+    ahead = bool(here[0] > 0)
+    return replace(together[0], values=here - there), "" if ahead else "there is no lead", lambda confidence: ahead
 
 
 def last_above_others(index: Index, claim: Claim, model: str, attribute: str, other: str) -> Measured:

@@ -32,6 +32,8 @@ class Claim:
         granularity: of the runs.
         low, high: the region: the number has to be at least `low` and at most `high`.
         window: layers, or shares of depth, that the measure looks at, where it needs any.
+        against: models that each of `models` is compared with, where the measure compares models.
+        contrast: attributes that `attributes` together are set against, where the measure is about the difference.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Claim:
     low: float = -inf
     high: float = inf
     window: tuple[float, float] = (0.0, 1.0)
+    against: tuple[str, ...] = ()
+    contrast: tuple[str, ...] = ()
 
 
 CLAIMS = (
@@ -95,6 +99,7 @@ CLAIMS = (
         "earlier_than_others",
         VOXTRAL,
         high=-0.1,
+        against=(*DESTA, *QWEN),
     ),
     Claim(
         "voxtral_is_clearest_for_emotion_and_gender",
@@ -103,7 +108,10 @@ CLAIMS = (
         "Its mean lead in share of depth is larger by 0.02 or more on emotion and gender than on animal and language.",
         "lead_contrast",
         VOXTRAL,
+        ("emotion", "gender"),
         low=0.02,
+        against=(*DESTA, *QWEN),
+        contrast=("animal", "language"),
     ),
     Claim(
         "last_token_is_highest",

@@ -80,7 +80,6 @@ def _choose(
     if settings.name == "direct":
         return DirectEngine(lalm), []
     obstacle = replay_obstacle(lalm)
-    checks: list[Check] = []
     if obstacle is None:
         replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
         try:
@@ -93,13 +92,12 @@ def _choose(
             obstacle = (
                 f"it differs from the direct engine by {check.value:.2g} in probability (bound {check.bound:.2g})"
             )
-            checks = [check]
     if settings.name == "replay":
         raise ModelError(
             f"engine=replay does not work with {type(lalm.module).__name__}: {obstacle}; use engine=direct or auto"
         )
     log.warning("replay does not work with %s: %s; using the direct engine", type(lalm.module).__name__, obstacle)
-    return DirectEngine(lalm), [check for check in checks if check.passed]
+    return DirectEngine(lalm), []
 
 
 def _proof(

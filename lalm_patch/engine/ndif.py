@@ -29,7 +29,6 @@ from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.settings import BackendSettings, ModelSettings
 
 log = logging.getLogger(__name__)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs one line per look at a job
 
 T = TypeVar("T")
 
@@ -69,6 +68,7 @@ class NdifEngine:
     name = "ndif"
 
     def __init__(self, lalm: LALM, model: ModelSettings, backend: BackendSettings) -> None:
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs one line per look at a job
         self.settings = backend
         self.host = refuse_what_cannot_go(model, backend)
         checkpoint = find_checkpoint(model, weights=False)

@@ -28,7 +28,7 @@ STRONGEST = 2.0
 """The colour scale ends here at the latest, so that one extreme cell does not bleach all others."""
 
 
-def plot_run(dataset: xr.Dataset, folder: Path, name: str = "figure") -> list[Path]:
+def plot_run(dataset: xr.Dataset, folder: Path, recovery: xr.Dataset | None = None, name: str = "figure") -> list[Path]:
     """Draw a run.
 
     Layer-wise: mean recovery with its bootstrap band, single samples behind it if there are at most
@@ -38,12 +38,13 @@ def plot_run(dataset: xr.Dataset, folder: Path, name: str = "figure") -> list[Pa
     Args:
         dataset: the run's dataset; without a kept sample the picture says why there is nothing to see.
         folder: where the picture (PNG, PDF) and the drawn numbers (CSV) go.
+        recovery: the run's `mean_recovery`, where that is there already.
         name: of the files.
 
     Raises:
         StoreError: a file cannot be written.
     """
-    recovery = mean_recovery(dataset, seed=about(dataset).seed)
+    recovery = mean_recovery(dataset, seed=about(dataset).seed) if recovery is None else recovery
     with styled():
         return save(draw_run(dataset, recovery), folder, name, _table(recovery))
 

@@ -71,12 +71,8 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
-        axis.set_title(words(attribute))
-        axis.set(xlabel="share of depth" if relative else "decoder layer", ylabel="recovery rate")
-        if not relative:
-            axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        axis.set_ylabel("recovery rate")
+        _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
     _same_scale(axes, rows)
     return figure
 
@@ -127,11 +123,8 @@ def draw_segments(rows: Rows) -> Figure:
             text = f"{segment}, {tokens:.3g} token{'' if tokens == 1 else 's'}"
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             axis.plot(x, mean, color=colour, lw=1.4, label=text, ls="--" if segment == "template" else "-")
-        axis.set_title(f"{words(name)} (n = {max(row['n'] for row in of_run)})")
-        axis.set(xlabel="decoder layer", ylabel="recovery rate, mean of a token")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        axis.set_ylabel("recovery rate, mean of a token")
+        _dress(axis, f"{words(name)} (n = {max(row['n'] for row in of_run)})", "decoder layer")
     _same_scale(axes, rows)
     return figure
 
@@ -191,12 +184,18 @@ def draw_ledger(rows: Rows) -> Figure:
             left += widths
         axis.set_yticks(range(len(classes)), [label(name) for name in classes])
         axis.invert_yaxis()
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_title(f"{words(run)} (n = {int(left.sum())})")
-        axis.set_xlabel("clips")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
+        _dress(axis, f"{words(run)} (n = {int(left.sum())})", "clips", columns=1)
     return figure
+
+
+def _dress(axis: Any, title: str, xlabel: str, whole: bool = True, columns: int = 2) -> None:
+    """What all panels have in common: title, whole numbers below, the legend under them."""
+    axis.set_title(title)
+    axis.set_xlabel(xlabel)
+    if whole:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
 
 
 def _same_scale(axes: Sequence[Any], rows: Rows) -> None:

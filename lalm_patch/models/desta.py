@@ -35,16 +35,14 @@ class Desta2(NativeFamily):
     def load(cls, checkpoint: Checkpoint, **weights: Any) -> tuple[PreTrainedModel, Family]:
         """As `Family.load`, from the folders of connector, decoder and encoder."""
         cls.check_type(checkpoint.folder)
-        parts: dict[str, Any] = {name: part.folder for name, part in checkpoint.parts.items()}
-        module, tokenizer, extractor = native.load_desta(cls.release, checkpoint.folder, **parts, **weights)
+        module, tokenizer, extractor = native.load_desta(cls.release, **_folders(checkpoint), **weights)
         return module, cls(tokenizer, extractor, module.config)
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
         """As `Family.outline`."""
         cls.check_type(checkpoint.folder)
-        parts: dict[str, Any] = {name: part.folder for name, part in checkpoint.parts.items()}
-        module, tokenizer, extractor = native.outline_desta(cls.release, checkpoint.folder, **parts)
+        module, tokenizer, extractor = native.outline_desta(cls.release, **_folders(checkpoint))
         return module, cls(tokenizer, extractor, module.config)
 
     def build(self, prompt: Prompt, layout: str, response: str, audio_positions: int | None) -> native.NativePrompt:
@@ -90,3 +88,8 @@ class Desta25(Desta2):
     def transcribe(self, waveform: np.ndarray, module: PreTrainedModel) -> str:
         """As in DeSTA2; the original's voice detector is not used, only digital silence counts as no speech."""
         return super().transcribe(waveform, module) if waveform.any() else " "
+
+
+def _folders(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Folders of connector, decoder and encoder, as the loaders call them."""
+    return {"location": checkpoint.folder, **{name: part.folder for name, part in checkpoint.parts.items()}}

@@ -94,6 +94,7 @@ class LALM:
         """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
         checkpoint = find_checkpoint(settings, weights=False)
         module, family = _open(settings, checkpoint, lambda family: family.outline(checkpoint))
+        module.to(_dtype(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
     # --- shapes and places -------------------------------------------------------------------------------------
@@ -260,11 +261,23 @@ def _role(module: PreTrainedModel, getter: str, what: str) -> Any:
     return found
 
 
-def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:
-    """`from_pretrained`'s keywords, and the device to move to afterwards (None: the device map decides)."""
+def _dtype(settings: ModelSettings) -> torch.dtype:
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"model.dtype={settings.dtype!r}: expected float32, bfloat16 or float16")
+    return dtype
+
+
+def device_name(settings: ModelSettings) -> str:
+    """The device that `auto` means on this machine, or the one that is set."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:
+    """`from_pretrained`'s keywords, and the device to move to afterwards (None: the device map decides)."""
+    dtype = _dtype(settings)
     if settings.device_map is not None:
         try:
             import accelerate  # noqa: F401
@@ -273,9 +286,7 @@ def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | 
                 f"model.device_map={settings.device_map} needs the package accelerate: pip install 'lalm_patch[gpu]'"
             ) from None
         return {"dtype": dtype, "device_map": settings.device_map}, None
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(settings)
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -62,8 +62,7 @@ class NativeFamily(Family):
         if layout != "user":
             return self.build(prompt, layout, prompt.response + continuation, audio_positions)
         # The phrase ends the user's turn, which stays open: what the template puts after it is cut off.
-        phrase = f" {prompt.response}{continuation}"
-        open_turn = self.build(replace(prompt, response=phrase.strip()), layout, "", audio_positions)
+        open_turn = self.build(replace(prompt, response=prompt.response + continuation), layout, "", audio_positions)
         end = max(index for index, kind in enumerate(open_turn.kinds) if kind == "late") + 1
         return NativePrompt(
             open_turn.ids[:end],

@@ -32,9 +32,13 @@ class Pair:
 
 def make_pair(lalm: LALM, prompt: Prompt, layout: str) -> Pair:
     """Encode `NOISE_SECONDS` of seeded noise and as much digital silence."""
-    samples = int(NOISE_SECONDS * SAMPLING_RATE)
-    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    noise = noise_clip()
     return Pair(lalm.encode(noise, prompt, layout), lalm.encode(np.zeros_like(noise), prompt, layout))
+
+
+def noise_clip() -> np.ndarray:
+    """`NOISE_SECONDS` of seeded noise, float32 [samples] at 16 kHz: a clip where none is at hand."""
+    return np.random.default_rng(0).normal(0, 0.1, int(NOISE_SECONDS * SAMPLING_RATE)).astype(np.float32)
 
 
 def prove(lalm: LALM, pair: Pair) -> list[Check]:

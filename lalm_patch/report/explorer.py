@@ -92,7 +92,7 @@ def _records(run: xr.Dataset, wanted: bool) -> tuple[dict[str, Record], str]:
     if name != "demo" and not data["root"]:
         return {}, "the clips came from the hub; give the run data.root=FOLDER to have them on the page"
     try:
-        attribute = Attribute(attr["name"], attr["question"], tuple(attr["options"]), attr["response"], attr["folder"])
+        attribute = Attribute(**attr)
         found = load_demo(attribute) if name == "demo" else load_sakura(attribute, data["root"])
     except LalmPatchError as error:
         log.warning("no sound for %s: %s", about(run).title, error)

@@ -21,10 +21,8 @@ from lalm_patch.analysis import (
     exclusion_table,
     fusion,
     lost_classes,
-    mean_recovery,
     object_effect,
     peak_interval,
-    peak_layer,
     planted_window,
     ratio_of_means,
     relevant,
@@ -32,11 +30,12 @@ from lalm_patch.analysis import (
     why_none_counts,
 )
 from lalm_patch.checks import from_json
+from lalm_patch.collect import CollectedRun, read_runs
 from lalm_patch.errors import StoreError
 from lalm_patch.figures import draw_run, plot_layers, plot_ledger, plot_segments, rendered, styled
 from lalm_patch.journal import storage_error
 from lalm_patch.report.explorer import Sounds, explore
-from lalm_patch.store import JOURNAL, RESULT, open_result
+from lalm_patch.runs import State
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +47,18 @@ FIGURES = "figures"
 SHOWN_APART = ("settings", "checks", "command")
 
 
-def find_runs(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of finished runs at or below `folder`, and of ones that are not finished.
+def find_runs(folder: Path) -> tuple[list[CollectedRun], list[CollectedRun]]:
+    """Finished runs at or below `folder`, and ones that are not finished.
 
     Raises:
-        StoreError: there is no finished run.
+        DataError: there is no such folder.
+        StoreError: there is no finished run, or a damaged one.
     """
-    finished = sorted(path.parent for path in folder.rglob(RESULT))
-    unfinished = sorted({path.parent for path in folder.rglob(JOURNAL)} - set(finished))
+    runs = read_runs([folder])
+    if damaged := [run.status.note for run in runs if run.status.state is State.DAMAGED]:
+        raise StoreError("; ".join(damaged))
+    finished = [run for run in runs if run.dataset is not None]
+    unfinished = [run for run in runs if run.dataset is None]
     if not finished:
         more = f"; {len(unfinished)} not finished" if unfinished else ""
         raise StoreError(f"there is no finished run at {folder}{more}: give a run's folder, or a folder of runs")
@@ -76,7 +79,7 @@ def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: b
         StoreError: no finished run, a damaged one, or a page that cannot be written.
     """
     finished, unfinished = find_runs(folder)
-    runs = [open_result(path) for path in finished]
+    runs = [run.dataset for run in finished if run.dataset is not None]
     page = folder / PAGE if page is None else page
     figures = page.parent / FIGURES
     sounds: Sounds = {}
@@ -87,8 +90,8 @@ def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: b
         raise storage_error(error, figures, "making the folder of figures") from error
     text = _template().render(
         title=_title(runs),
-        runs=[_run(run, path) for run, path in zip(runs, finished, strict=True)],
-        unfinished=[str(path) for path in unfinished],
+        runs=[_run(run) for run in finished],
+        unfinished=[str(run.status.folder) for run in unfinished],
         findings=relevant(check_claims(runs)),
         comparisons=compare(runs),
         figures=_shared_figures(runs, figures),
@@ -117,26 +120,27 @@ def _title(runs: Sequence[xr.Dataset]) -> str:
     return f"Causal tracing: {len(runs)} runs, {len(models)} models, {len(attributes)} attributes"
 
 
-def _run(run: xr.Dataset, path: Path) -> dict[str, Any]:
-    """Everything the page says about one run, as plain values."""
+def _run(found: CollectedRun) -> dict[str, Any]:
+    """Everything the page says about one finished run, as plain values."""
+    run, recovery = found.dataset, found.recovery
+    assert run is not None
+    assert recovery is not None
     info = about(run)
-    recovery = mean_recovery(run, seed=info.seed)
     with styled():
         picture = rendered(draw_run(run, recovery), "png", PAGE_DPI)
     table = exclusion_table(run)
     counts = bool(run["kept"].any())
     last = recovery.isel(token=-1) if "token" in recovery.dims else recovery
-    peak = peak_layer(run, recovery)
     effect = object_effect(run, seed=info.seed) if counts and info.granularity == "token" else None
     return {
         "info": info,
-        "folder": path.name,
+        "folder": found.status.folder.name,
         "n": run.sizes["sample"],
         "kept": int(run["kept"].sum()),
         "groups": int(recovery["groups"].max()),
         "accuracy": accuracy(run),
         "fusion": fusion(run),
-        "peak": peak,
+        "peak": found.peak,
         "peak_between": peak_interval(run),
         "mean_of_ratios": float(last["mean"].mean()),
         "ratio_of_means": float(ratio_of_means(run, n_resamples=2)["mean"].mean()) if counts else np.nan,
