@@ -46,7 +46,9 @@ class Table:
 
 
 def _shown(value: str | int | float) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return str(value)
 
 
 class IdsOnly(Family):

@@ -89,8 +89,9 @@ def draw(results: dict[str, dict[str, object]]) -> None:
         colours = [sns.color_palette()[3 if index == 0 else 0] for index in range(len(names))]
         bars.barh(names, times, color=colours)
         for index, row in enumerate(table.rows):
-            bars.text(times[index], index, f" {times[index]:.3g} ms, {float(row[2]):.3g} times replay", va="center")
-        bars.set(xscale="log", xlabel="milliseconds per cell", xlim=(min(times) / 2, max(times) * 30))
+            beside = f", {float(row[2]):.3g} times replay" if index else ""
+            bars.text(times[index], index, f" {times[index]:,.0f} ms{beside}", va="center")
+        bars.set(xscale="log", xlabel="milliseconds per cell", xlim=(min(times) / 2, max(times) * 80))
         bars.invert_yaxis()
         bars.grid(axis="y", visible=False)
         bars.set_title(table.title)
@@ -101,7 +102,11 @@ def draw(results: dict[str, dict[str, object]]) -> None:
         if table.columns[0] != "audio positions":
             work = [float(row[2]) / float(table.rows[0][2]) for row in table.rows]
             growth.plot([count / counts[0] for count in counts], work, ls=":", color="grey")
-    growth.set(xscale="log", yscale="log", xlabel="size, times the smallest", ylabel="time, times the smallest")
+    growth.set_xscale("log", base=2)
+    growth.set_yscale("log", base=2)
+    for axis in (growth.xaxis, growth.yaxis):
+        axis.set_major_formatter("{x:g}")
+    growth.set(xlabel="size, times the smallest", ylabel="time, times the smallest")
     growth.set_title("growth (dotted: cells x remaining suffix)")
     growth.legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,15 @@
 
 Beside the time of a whole token-wise sweep (base runs included) stands the work the method predicts: cells x remaining
 suffix, that is one unit per position and layer that a cell passes through after its patch. Time per unit should stay
-the same when layers or text grow; audio is only seen by attention and by the two base runs.
+the same when layers or text grow; audio is only seen by attention and by the two base runs. The sizes of a table are
+measured in turns, so that all see the same machine.
 """
 
 from __future__ import annotations
 
+import statistics
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from common import IDS, RandomVoxtral, Table, emit, parser, seconds
@@ -21,9 +24,8 @@ from lalm_patch.grids import token_grid
 def main() -> None:
     """Measure and print."""
     made = parser(__doc__)
-    made.set_defaults(layers=16)
     made.add_argument("--layer-counts", type=int, nargs="*", default=[8, 16, 24, 32])
-    made.add_argument("--text-counts", type=int, nargs="*", default=[20, 40, 80])
+    made.add_argument("--text-counts", type=int, nargs="*", default=[10, 20, 40])
     made.add_argument("--audio-counts", type=int, nargs="*", default=[375, 750, 1500])
     options = made.parse_args()
     torch.set_num_threads(options.threads)
@@ -35,9 +37,11 @@ def _along(name: str, counts: list[int], options: Namespace) -> Table:
     size = {"layer": options.layers, "text": options.text, "audio": options.audio}
     fixed = ", ".join(f"{value} {other}{'s' if other == 'layer' else ' positions'}" for other, value in size.items())
     rows: list[list[str | int | float]] = []
-    for count in counts:
-        now = size | {name: count}
-        took = _sweep(now["layer"], now["text"], now["audio"], options)
+    sizes = [size | {name: count} for count in counts]
+    sweeps = [_sweep(now["layer"], now["text"], now["audio"], options) for now in sizes]
+    turns = [[seconds(sweep, 1, options.clock) for sweep in sweeps] for _ in range(options.repeats)]
+    for count, now, times in zip(counts, sizes, zip(*turns, strict=True), strict=True):
+        took = statistics.median(times)
         cells = now["layer"] * now["text"]
         units = sum(range(now["layer"])) * sum(range(1, now["text"] + 1))
         first = float(rows[0][3]) if rows else took
@@ -47,7 +51,7 @@ def _along(name: str, counts: list[int], options: Namespace) -> Table:
     return Table(f"Growth with {what}", columns, rows, [f"Where not said otherwise: {fixed}, hidden {options.hidden}."])
 
 
-def _sweep(layers: int, text: int, audio: int, options: Namespace) -> float:
+def _sweep(layers: int, text: int, audio: int, options: Namespace) -> Callable[[], object]:
     lalm = RandomVoxtral(layers, options.hidden)
     clean, corrupted = (lalm.random_encoding(text, audio, seed) for seed in (0, 1))
     grid = token_grid(clean.tokens, range(layers))
@@ -56,7 +60,7 @@ def _sweep(layers: int, text: int, audio: int, options: Namespace) -> float:
         return ReplayEngine(lalm, options.pack_tokens).sweep(clean, corrupted, grid, IDS)
 
     ReplayEngine(lalm, options.pack_tokens).base(clean, corrupted, IDS)  # warm-up
-    return seconds(replay, options.repeats, options.clock)
+    return replay
 
 
 if __name__ == "__main__":
