@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import xarray as xr
 
 from benchmarks.simulation import ROLES, Planted, simulate
-from lalm_patch.analysis import mean_recovery
+from lalm_patch.analysis import mean_recovery, variants
 from lalm_patch.errors import DataError
 from lalm_patch.figures import plot_clip, plot_layers, plot_ledger, plot_segments, styled
 from lalm_patch.figures.style import in_order, looks
@@ -49,6 +50,32 @@ def test_figure_2_holds_every_run_and_its_n(tmp_path: Path) -> None:
     first = (tmp_path / "figure2.png").read_bytes()
     plot_layers(runs, tmp_path)
     assert (tmp_path / "figure2.png").read_bytes() == first
+
+
+def test_runs_that_differ_in_a_setting_alone_stay_apart(tmp_path: Path) -> None:
+    """Five seeds of one model and attribute are five lines and five ledgers, not one."""
+    runs = []
+    for seed in range(3):
+        run = simulate(Planted(layers=8, centre=4.0), seed, groups=4 + seed)
+        settings = json.loads(run.attrs["settings"]) | {"data": {"seed": seed}, "run_name": f"run{seed}"}
+        identity = json.dumps({"data.seed": str(seed)})
+        runs.append(run.assign_attrs(settings=json.dumps(settings), run_identity=identity))
+    assert variants(runs) == ["data.seed=0", "data.seed=1", "data.seed=2"]
+    assert variants(runs[:1]) == [""]
+    assert variants([runs[0], runs[0]]) == ["#1", "#2"]
+    rows = rows_of(plot_layers(runs, tmp_path))
+    for run, variant in zip(runs, variants(runs), strict=True):
+        means = [float(row["mean"]) for row in rows if row["variant"] == variant]
+        np.testing.assert_allclose(means, run.recovery_rate.mean("sample"))
+    with styled():
+        (axis,) = draw_layers(layer_rows(runs)).axes
+    legend = axis.get_legend()
+    assert legend is not None
+    assert [text.get_text().split(" (")[0] for text in legend.get_texts()] == [f"model, {v}" for v in variants(runs)]
+    counted = rows_of(plot_ledger(runs, tmp_path))
+    for run, variant in zip(runs, variants(runs), strict=True):
+        mine = [int(row["samples"]) for row in counted if row["run"].endswith(variant)]
+        assert sum(mine) == run.sizes["sample"]
 
 
 def test_drawn_lines_and_legends_are_the_rows() -> None:

@@ -40,7 +40,7 @@ from lalm_patch.analysis.recovery import (
     ratio_of_means,
 )
 from lalm_patch.analysis.resampling import Estimate
-from lalm_patch.analysis.run_info import About, about, planted_window, run_settings
+from lalm_patch.analysis.run_info import About, about, planted_window, run_settings, variants
 
 __all__ = [
     "CLAIMS",
@@ -79,5 +79,6 @@ __all__ = [
     "run_settings",
     "segment_profiles",
     "segments",
+    "variants",
     "why_none_counts",
 ]

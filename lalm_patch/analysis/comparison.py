@@ -12,7 +12,7 @@ import xarray as xr
 from lalm_patch.analysis.depth import crossing
 from lalm_patch.analysis.recovery import layer_curves
 from lalm_patch.analysis.resampling import DRAWS, Estimate, FloatArray, Resampled, resample_together
-from lalm_patch.analysis.run_info import about
+from lalm_patch.analysis.run_info import about, variants
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Comparison:
 def compare(runs: Sequence[xr.Dataset], seed: int = 0, n_draws: int = DRAWS) -> list[Comparison]:
     """Compare the fusion depth of every two runs that share the granularity and either attribute or model.
 
+    Of several runs of one model and attribute (other seeds, other prompts) only those are compared with another's that
+    have the same of these settings.
+
     Runs on the same clips draw their groups together, so the difference is a paired one. The p-value is
     twice the smaller share of draws on one side of 0. Holm's method holds the family-wise error.
     """
@@ -47,17 +50,21 @@ def compare(runs: Sequence[xr.Dataset], seed: int = 0, n_draws: int = DRAWS) -> 
     from statsmodels.stats.multitest import multipletests
 
     found: list[tuple[str, str, str, str, Estimate, float]] = []
-    for a, b in combinations(runs, 2):
+    for (a, its), (b, others) in combinations(zip(runs, variants(runs), strict=True), 2):
         one, two = about(a), about(b)
         same_model, same_attribute = one.model == two.model, one.attribute == two.attribute
         if one.granularity != two.granularity or same_model == same_attribute:
             continue
+        if its and others and its != others:
+            continue  # they differ in more than the model or the attribute
         if not (a["kept"].any() and b["kept"].any()):
             continue
         difference = depth_difference(a, b, seed, n_draws)
         if np.isnan(difference.values[0]) or difference.groups < 2:
             continue
         names = (one.attribute, two.attribute, one.model) if same_model else (one.model, two.model, one.attribute)
+        if variant := its or others:
+            names = (*names[:2], f"{names[2]}, {variant}")
         found.append((*names, one.granularity, difference.estimate(), two_sided_p(difference)))
     if not found:
         return []

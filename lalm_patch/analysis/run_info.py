@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,41 @@ def run_settings(dataset: xr.Dataset) -> dict[str, Any]:
     """The run's settings, from the dataset's attributes; empty if it has none."""
     settings: dict[str, Any] = json.loads(dataset.attrs.get("settings", "{}"))
     return settings
+
+
+def variants(runs: Sequence[xr.Dataset]) -> list[str]:
+    """What tells each run from the others of its model, attribute and granularity; empty where there are no others.
+
+    The settings in which they differ, as one would type them: `data.seed=1`. Runs that differ in none are numbered.
+    """
+    names = [(info.model, info.attribute, info.granularity) for info in map(about, runs)]
+    flat = [_identifying(run) for run in runs]
+    found = []
+    for index, name in enumerate(names):
+        alike = [other for other, its in enumerate(names) if its == name]
+        keys = sorted({key for other in alike for key in flat[other]})
+        differing = [key for key in keys if len({flat[other].get(key) for other in alike}) > 1]
+        text = " ".join(f"{key}={flat[index].get(key, 'null')}" for key in differing)
+        twins = [other for other in alike if all(flat[other].get(key) == flat[index].get(key) for key in differing)]
+        if len(twins) > 1:
+            text = f"{text} #{twins.index(index) + 1}".strip()
+        found.append(text)
+    return found
+
+
+def _identifying(run: xr.Dataset) -> dict[str, str]:
+    """The settings that tell runs apart, by their full names; not those that only say where or how it was computed."""
+    flat = dict(_flattened(run_settings(run)))
+    known = json.loads(run.attrs.get("run_identity", "{}"))
+    return {key: value for key, value in flat.items() if key in known} if known else flat
+
+
+def _flattened(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{before}{key}.")
+        else:
+            yield before + key, value if isinstance(value, str) else json.dumps(value)
 
 
 def planted_window(dataset: xr.Dataset) -> tuple[int, int] | None:

@@ -12,10 +12,13 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lalm_patch.analysis import KEPT, about, exclusion_table, mean_recovery, segment_profiles
+from lalm_patch.analysis import KEPT, about, exclusion_table, mean_recovery, segment_profiles, variants
 from lalm_patch.figures.style import ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
 
 Rows = list[dict[str, Any]]
+
+LEGEND_LINE = 0.15
+"""Inches that a line of a legend takes below its panel."""
 
 
 def plot_layers(runs: Sequence[xr.Dataset], folder: Path, name: str = "figure2", relative: bool = False) -> list[Path]:
@@ -37,9 +40,9 @@ def plot_layers(runs: Sequence[xr.Dataset], folder: Path, name: str = "figure2",
 
 
 def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
-    """What `plot_layers` draws: one row per model, attribute and layer."""
+    """What `plot_layers` draws: one row per run and layer."""
     rows: Rows = []
-    for run in runs:
+    for run, variant in zip(runs, variants(runs), strict=True):
         info = about(run)
         if info.granularity != "layer":
             continue
@@ -48,7 +51,8 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
             numbers = {key: float(recovery[key][index]) for key in ("mean", "low", "high")}
             counts = {key: int(recovery[key][index]) for key in ("n", "groups")}
             place = {"layer": int(layer), "depth": int(layer) / max(info.layers - 1, 1)}
-            rows.append({"attribute": info.attribute, "model": info.model, **place, **numbers, **counts})
+            which = {"attribute": info.attribute, "model": info.model, "variant": variant}
+            rows.append({**which, **place, **numbers, **counts})
     if not rows:
         raise ValueError("Figure 2 needs at least one layer-wise run (granularity=layer)")
     return rows
@@ -57,17 +61,17 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
 def draw_layers(rows: Rows, relative: bool = False) -> Figure:
     """The picture of `plot_layers` from its rows; to be called within `styled()`."""
     attributes = in_order(row["attribute"] for row in rows)
-    figure, axes = panels(len(attributes), 3.1, 2.2, gap=1.25)
-    shown = looks(row["model"] for row in rows)
+    shown = looks(_line(row) for row in rows)
+    figure, axes = panels(len(attributes), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(shown)))
     key = "depth" if relative else "layer"
     for attribute, axis in zip(attributes, axes, strict=True):
         for level in (0, 1):
             axis.axhline(level, color="0.6", lw=0.7, zorder=1)
-        for model in dict.fromkeys(row["model"] for row in rows if row["attribute"] == attribute):
-            line = [row for row in rows if row["attribute"] == attribute and row["model"] == model]
+        for name in dict.fromkeys(_line(row) for row in rows if row["attribute"] == attribute):
+            line = [row for row in rows if row["attribute"] == attribute and _line(row) == name]
             x, mean, low, high = (np.array([row[name] for row in line]) for name in (key, "mean", "low", "high"))
-            colour, mark = shown[model]
-            text = f"{words(model)} (n = {max(row['n'] for row in line)})"
+            colour, mark = shown[name]
+            text = f"{words(name)} (n = {max(row['n'] for row in line)})"
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
@@ -75,6 +79,15 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
         _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
     _same_scale(axes, rows)
     return figure
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Name of a run's line in a panel."""
+    return _named(row["model"], row["variant"])
+
+
+def _named(name: str, variant: str) -> str:
+    return f"{name}, {variant}" if variant else name
 
 
 def plot_segments(runs: Sequence[xr.Dataset], folder: Path, name: str = "segments") -> list[Path]:
@@ -92,7 +105,7 @@ def plot_segments(runs: Sequence[xr.Dataset], folder: Path, name: str = "segment
 def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
     """What `plot_segments` draws: one row per run, segment and layer."""
     rows: Rows = []
-    for run in runs:
+    for run, variant in zip(runs, variants(runs), strict=True):
         info = about(run)
         if info.granularity != "token" or not bool(run["kept"].any()):
             continue
@@ -102,7 +115,7 @@ def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
             for index, layer in enumerate(line["layer"].values):
                 numbers = {key: float(line[key][index]) for key in ("mean", "low", "high")}
                 place = {"segment": str(segment), "tokens": float(line["tokens"]), "layer": int(layer)}
-                rows.append({"run": info.title, **place, **numbers, "n": int(line["n"][index])})
+                rows.append({"run": _named(info.title, variant), **place, **numbers, "n": int(line["n"][index])})
     if not rows:
         raise ValueError("segment profiles need a token-wise run (granularity=token) of which samples count")
     return rows
@@ -111,7 +124,8 @@ def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
 def draw_segments(rows: Rows) -> Figure:
     """The picture of `plot_segments` from its rows; to be called within `styled()`."""
     names = list(dict.fromkeys(row["run"] for row in rows))
-    figure, axes = panels(len(names), 3.1, 2.2, gap=1.25)
+    segments = {row["segment"] for row in rows}
+    figure, axes = panels(len(names), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(segments)))
     for name, axis in zip(names, axes, strict=True):
         of_run = [row for row in rows if row["run"] == name]
         axis.axhline(0, color="0.6", lw=0.7, zorder=1)
@@ -146,9 +160,9 @@ def ledger_rows(runs: Sequence[xr.Dataset]) -> Rows:
     if not runs:
         raise ValueError("the ledger needs at least one run")
     rows: Rows = []
-    for run in runs:
+    for run, variant in zip(runs, variants(runs), strict=True):
         info, table = about(run), exclusion_table(run)
-        run_name = f"{info.title}, {info.granularity}"
+        run_name = _named(f"{info.title}, {info.granularity}", variant)
         for text in table["label"].values:
             for reason in table["reason"].values:
                 count = int(table.sel(label=text, reason=reason))
@@ -163,7 +177,7 @@ def draw_ledger(rows: Rows) -> Figure:
     palette = seaborn.color_palette("colorblind")
     colours = {KEPT: palette[0], **{reason: palette[1 + k] for k, reason in enumerate(reasons)}}
     hatches = {KEPT: "", **{reason: ("///", "...", "xxx", "---")[k % 4] for k, reason in enumerate(reasons)}}
-    figure, axes = panels(len(runs), 3.1, 2.2, gap=1.0)
+    figure, axes = panels(len(runs), 3.1, 2.2, gap=0.9 + LEGEND_LINE * (1 + len(reasons)))
     for run, axis in zip(runs, axes, strict=True):
         of_run = [row for row in rows if row["run"] == run]
         classes = list(dict.fromkeys(row["class"] for row in of_run))
@@ -186,6 +200,11 @@ def draw_ledger(rows: Rows) -> Figure:
         axis.invert_yaxis()
         _dress(axis, f"{words(run)} (n = {int(left.sum())})", "clips", columns=1)
     return figure
+
+
+def _lines(entries: int, columns: int = 2) -> int:
+    """Lines of a legend; at least the three that panels have room for anyway."""
+    return max(3, -(-entries // columns))
 
 
 def _dress(axis: Any, title: str, xlabel: str, whole: bool = True, columns: int = 2) -> None:
