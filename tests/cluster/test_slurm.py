@@ -178,6 +178,35 @@ def test_the_last_time_limit_ends_a_run_that_can_go_on(slurm: SlurmHere, tmp_pat
 
 
 @pytest.mark.timeout(600)
+def test_a_preempted_job_is_requeued_and_goes_on(
+    slurm: SlurmHere, undisturbed: dict[str, xr.Dataset], tmp_path: Path
+) -> None:
+    """The signal long before the time limit is a preemption: the same job comes back, and goes on where it was."""
+    arguments = ("attr=emotion", "granularity=token", *SETTINGS)
+    folder = run_folder(tmp_path, "attr=emotion", "granularity=token")
+    before = set(slurm.job_states())
+    process = start(slurm, tmp_path, *arguments)
+    wait_for_a_stored_sample(folder, process)
+    job = json.loads((folder / "slurm_job.json").read_text())["job"]
+    slurm.run("scancel", "--signal=USR2", job)
+    deadline = time.monotonic() + 120
+    while slurm.job_states()[job] != "PENDING":
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, slurm.job_states()[job]
+        time.sleep(0.2)
+    stored = set(snapshot(folder / "journal.bin")[1])
+    assert 0 < len(stored) < 5
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would let it wait two minutes
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert set(slurm.job_states()) - before == {job}
+    assert slurm.job_states()[job] == "COMPLETED"
+    assert f"going on: {len(stored)} of 5 samples" in (folder / "lalm_patch.log").read_text()
+    ((name, dataset),) = results(tmp_path).items()
+    xr.testing.assert_identical(dataset, undisturbed[name])
+
+
+@pytest.mark.timeout(600)
 def test_shards_as_jobs_make_one_run(slurm: SlurmHere, undisturbed: dict[str, xr.Dataset], tmp_path: Path) -> None:
     arguments = ("attr=emotion", "granularity=layer", *SETTINGS, "shard=1/3,2/3,3/3")
     code, printed = sweep(slurm, tmp_path, *arguments)
