@@ -5,12 +5,20 @@ of gaps. Both are ratios of sums over clusters, so one resampling serves both: h
 its sums.
 
 The intervals are bias-corrected and accelerated (BCa, Efron 1987), with the acceleration from leaving out one cluster
-at a time, since recovery is skewed. Their level is widened for few clusters as in the expanded percentile interval
-(Hesterberg 2015, The American Statistician 69:4, 371-386): Student's t instead of the normal. Its degrees of freedom
-are one less than the clusters, or fewer where few clusters make most of the variance, because clusters differ in size:
-as many as give the variance of a variance that the kurtosis of the left-out values implies (Satterthwaite 1946). Where
-all samples agree, as they do where recovery is 0 or 1 by construction, nothing is corrected and the interval is that
-one value. benchmarks/coverage.py measures how often they hold the truth.
+at a time, since recovery is skewed. Two things make them wider than that, both of no weight where clusters are many and
+alike:
+
+- The draws spread less than the estimate does, by a known factor for clusters of one size (Hesterberg 2015, The
+  American Statistician 69:4, 371-386) and by more where a few large clusters carry much of the weight. The standard
+  error from leaving out one cluster at a time allows for both (the jackknife or CR3 variance: MacKinnon, Nielsen and
+  Webb 2023, Journal of Econometrics 232:2, 272-299); normal deviates are stretched by its ratio to the draws'
+  standard deviation.
+- Student's t stands in for the normal. Its degrees of freedom are one less than the clusters, or fewer where few
+  clusters make most of the variance: as many as give the variance of a variance that the kurtosis of the left-out
+  values implies (Satterthwaite 1946; kurtosis by its unbiased estimate G2, Joanes and Gill 1998).
+
+Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing is corrected and the interval is
+that one value. benchmarks/coverage.py measures how often they hold the truth.
 """
 
 from __future__ import annotations
@@ -129,8 +137,10 @@ class Resampled:
         if self.groups > 1 and some.size:
             drawn, count = drawn[:, some], count[some]
             shift = _bias(drawn, cells[0, some], count)
-            acceleration, freedom = _shape(cells[1 : 1 + self.left_out, some], self.groups)
-            half = sqrt(self.groups / (self.groups - 1)) * t.ppf((1 + confidence) / 2, freedom)
+            acceleration, freedom, error = _shape(cells[1 : 1 + self.left_out, some], self.groups)
+            spread = np.nanstd(drawn, axis=0)
+            stretch = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
+            half = np.maximum(stretch, sqrt(self.groups / (self.groups - 1))) * t.ppf((1 + confidence) / 2, freedom)
             for row, z in enumerate((-half, half)):
                 moved = shift + z
                 level = norm.cdf(shift + moved / np.maximum(1 - acceleration * moved, 1e-3))
@@ -150,19 +160,28 @@ def _bias(drawn: FloatArray, value: FloatArray, count: NDArray[np.int64]) -> Flo
     return np.asarray(norm.ppf(np.clip(share, 0.5 / count, 1 - 0.5 / count)))
 
 
-def _shape(left_out: FloatArray, groups: int) -> tuple[FloatArray, FloatArray]:
-    """Acceleration and degrees of freedom of each cell, from its values with one cluster left out [cluster, cell].
+def _shape(left_out: FloatArray, groups: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Acceleration, degrees of freedom and standard error of each cell, from its values with one cluster left out.
 
-    The acceleration is the values' skewness over 6 sqrt(n), the degrees of freedom 2 n / (kurtosis - 1).
+    The acceleration is the values' skewness over 6 sqrt(n), the degrees of freedom 2 n / (G2 + 2) with the excess
+    kurtosis G2, the standard error the jackknife's. All are 0 (degrees of freedom: n - 1) where a value is missing.
+
+    Args:
+        left_out: [cluster, cell].
+        groups: clusters behind the estimate: no more degrees of freedom than one less.
     """
+    n = len(left_out)
     usable = np.where(np.isnan(left_out).any(axis=0), 0.0, left_out)
     away = usable.mean(axis=0) - usable
     square = (away**2).sum(axis=0)
     spread = square > 0
     acceleration = np.divide((away**3).sum(axis=0), 6 * square**1.5, out=np.zeros_like(square), where=spread)
-    kurtosis = np.divide(len(away) * (away**4).sum(axis=0), square**2, out=np.ones_like(square), where=spread)
-    freedom = np.minimum(2 * len(away) / np.maximum(kurtosis - 1, 1e-9), groups - 1)
-    return np.asarray(acceleration), np.asarray(freedom)
+    freedom = np.full(square.shape, groups - 1.0)
+    if n > 3:
+        excess = np.divide(n * (away**4).sum(axis=0), square**2, out=np.ones_like(square), where=spread) - 3
+        unbiased = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * excess + 6)
+        freedom = np.clip(2 * n / np.maximum(unbiased + 2, 1e-9), 1, freedom)
+    return np.asarray(acceleration), np.asarray(freedom), np.sqrt((n - 1) / n * square)
 
 
 def _sorted_quantile(ordered: FloatArray, count: NDArray[np.int64], level: FloatArray) -> FloatArray:
