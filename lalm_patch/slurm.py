@@ -103,28 +103,36 @@ class SlurmSweep(SweepLauncher):
 
     def _wait(self, jobs: Mapping[Path, str]) -> None:
         """Until no job is queued or running, and the results of those that ended well can be seen here."""
-        said: object = None
         while True:
-            queue = read_queue()
-            if queue is not None:
-                left = {job: queue[job] for job in jobs.values() if job in queue}
+            self._wait_for_an_empty_queue(jobs)
+            # The files of another machine may be seen late on a network file system; and a job that is being
+            # requeued is for a moment in no queue.
+            until = time.monotonic() + float(self.parameters["result_wait_s"])
+            while not self._queued(jobs):
+                if all(status(folder).state in (*DONE, State.FAILED) for folder in jobs) or time.monotonic() > until:
+                    return
+                time.sleep(min(1.0, float(self.parameters["poll_s"])))
+
+    def _queued(self, jobs: Mapping[Path, str]) -> dict[str, tuple[str, str]] | None:
+        """State and reason of those of these jobs that are in the queue; None if Slurm cannot say now."""
+        queue = read_queue()
+        return None if queue is None else {job: queue[job] for job in jobs.values() if job in queue}
+
+    def _wait_for_an_empty_queue(self, jobs: Mapping[Path, str]) -> None:
+        said: object = None
+        while (left := self._queued(jobs)) is None or left:
+            if left is not None:
                 counts = Counter(state for state, _ in left.values())
                 reasons = {reason for state, reason in left.values() if state == "PENDING"} - _WAITS_FOR_ITS_TURN
                 if (counts, reasons) != said:
                     said = (counts, reasons)
-                    states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(counts.items()))
-                    log.info("jobs: %s", ", ".join(filter(None, [states, f"{len(jobs) - len(left)} ended"])))
+                    states = [f"{count} {state.lower()}" for state, count in sorted(counts.items())]
+                    ended = [f"{len(jobs) - len(left)} ended"] if len(left) < len(jobs) else []
+                    log.info("jobs: %s", ", ".join(states + ended))
                     for reason in sorted(reasons):
                         log.warning("jobs wait for a reason that may not pass: %s", reason)
-                if not left:
-                    break
             time.sleep(float(self.parameters["poll_s"]))
-        # The files of another machine may be seen late on a network file system.
-        until = time.monotonic() + float(self.parameters["result_wait_s"])
-        while time.monotonic() < until:
-            if all(status(folder).state in (*DONE, State.FAILED) for folder in jobs):
-                return
-            time.sleep(min(1.0, float(self.parameters["poll_s"])))
+        log.info("jobs: %d ended", len(jobs))
 
 
 def recorded_job(folder: Path) -> str | None:
