@@ -117,8 +117,8 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
     if replay:
-        suffixes = [(cell.first_layer, length - cell.first_position) for cell in grid.cells]
-        positions = 2 * layers * length + sum((layers - 1 - layer) * suffix for layer, suffix in suffixes)
+        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in grid.cells]
+        positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
         passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)
         pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
     else:
