@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models.tokens import TokenTable
+from lalm_patch.settings import SiteSettings
+
+if TYPE_CHECKING:
+    from lalm_patch.models import LALM
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Place:
     window: int = 1
     num_layers: int = 0
     num_heads: int = 0
+
+
+def place_in(lalm: LALM, site: SiteSettings) -> Place:
+    """The place that settings name, in a model."""
+    return Place(Site(site.name), site.window, lalm.num_layers, lalm.num_heads)
 
 
 def at_place(grid: Grid, place: Place) -> Grid:

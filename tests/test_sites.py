@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import pytest
 import torch
 from test_engines import TOLERANCE, encodings, likely_tokens, load
 
+import lalm_patch
+from benchmarks.simulation import Planted, simulate
+from lalm_patch.analysis import about, check_claims, fusion
+from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.errors import ModelError
+from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.grids import Grid, Place, make_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
+from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
 
@@ -164,3 +170,90 @@ def test_patches_that_mean_nothing() -> None:
     for wrong in ({"site": Site.HEAD}, {"site": Site.ATTN, "head": 0}, {"site": Site.HEAD, "head": -1}):
         with pytest.raises(ValueError, match="the site head, and no other"):
             Patch(0, (1,), **wrong)  # type: ignore[arg-type]
+
+
+SETTINGS = ("attr=gender", "data.limit=2", "granularity.layers=[0,3,4,6,7]", "engine.spot_checks=4")
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("site", ["resid", "attn", "mlp", "head"])
+@pytest.mark.parametrize(("granularity", "window"), [("layer", 1), ("layer", 3), ("token", 1), ("token", 2)])
+def test_every_combination_runs_or_is_refused_before_the_run(
+    tmp_path: Path, direction: str, site: str, granularity: str, window: int
+) -> None:
+    overrides = (f"direction={direction}", f"site={site}", f"granularity={granularity}", f"site.window={window}")
+    if site == "head" and granularity == "token":
+        with pytest.raises(ConfigError, match="use granularity=layer"):
+            lalm_patch.compose(*SETTINGS, *overrides)
+        return
+    outcome = lalm_patch.trace(*SETTINGS, *overrides, f"outputs={tmp_path}")
+    dataset = outcome.dataset
+    assert dataset is not None
+    info = about(dataset)
+    assert (info.site, info.direction, info.window) == (site, direction, window)
+    assert all(check.passed for check in from_json(dataset.attrs["checks"]))
+    kept = dataset.isel(sample=np.flatnonzero(dataset["kept"]))
+    assert kept.sizes["sample"]
+    rates = kept["recovery_rate"].transpose("sample", "layer", ...)
+    gap = kept["p_clean"] - kept["p_corrupted"]
+    moved = (kept["p_clean"] - kept["p_patched"]) if direction == "noising" else kept["p_patched"] - kept["p_corrupted"]
+    np.testing.assert_allclose(rates, (moved / gap).transpose("sample", "layer", ...), atol=1e-5)
+    # Without attention in layers 0 to 3 and in 7, whatever text positions hold there is alike in both runs, or what
+    # attention wrote into them below; the residual stream carries it, what a layer adds does not.
+    below = 0 if window == 3 and site in ("attn", "head") else 2  # windows from layer 3 on reach the planted layers
+    np.testing.assert_allclose(rates.isel(layer=0), 0, atol=1e-4)
+    if window == 1:
+        np.testing.assert_allclose(rates.isel(layer=slice(0, below)), 0, atol=1e-4)
+    if site == "resid":
+        last = rates.isel(layer=slice(-2, None))
+        last = last.isel(token=-1) if granularity == "token" else last
+        np.testing.assert_allclose(last, 1, atol=1e-4)
+    if site in ("attn", "head"):
+        np.testing.assert_allclose(rates.isel(layer=-1), 0, atol=1e-4)  # nothing comes from layer 7's attention
+    if site == "head":
+        assert dataset.sizes["head"] == 4
+    assert all(path.stat().st_size for path in outcome.files)
+
+
+def test_noising_is_denoising_with_the_runs_exchanged(checkpoints: dict[str, Path], prompt: Prompt) -> None:
+    lalm = load(checkpoints["voxtral"], "voxtral")
+    clean, corrupted = encodings(lalm, prompt)
+    ids = likely_tokens(lalm, clean, corrupted)
+    grid = make_grid("token", clean.tokens, range(lalm.num_layers))
+    fast = ReplayEngine(lalm).sweep(corrupted, clean, grid, ids).probabilities
+    slow = DirectEngine(lalm).sweep(corrupted, clean, grid, ids).probabilities
+    np.testing.assert_allclose(fast, slow, atol=TOLERANCE)
+
+
+def test_a_server_exchanges_single_layers_of_the_residual_stream_only() -> None:
+    for override in ("site=mlp", "direction=noising", "site.window=2"):
+        with pytest.raises(ConfigError, match="use backend=local"):
+            lalm_patch.compose("backend=ndif", override)
+    with pytest.raises(ConfigError, match="at least 1"):
+        lalm_patch.compose("site.window=0")
+
+
+def test_other_sites_are_kept_from_what_is_said_of_the_papers_method() -> None:
+    """No fusion depth of what a layer adds, and no claim checked on it."""
+    runs = []
+    for site, direction in (("resid", "denoising"), ("attn", "denoising"), ("resid", "noising")):
+        run = simulate(Planted(layers=8, centre=4.0), 0, 6, name=("voxtral", "gender"))
+        settings = json.loads(run.attrs["settings"]) | {"site": {"name": site}, "direction": {"name": direction}}
+        runs.append(run.assign_attrs(settings=json.dumps(settings)))
+    whole, attention, noising = runs
+    assert [about(run).title for run in runs[1:]] == ["voxtral, gender, attn", "voxtral, gender, noising"]
+    assert np.isnan(fusion(attention).depth.value)
+    assert fusion(noising).depth == fusion(whole).depth
+    tokens = simulate(Planted(layers=8, centre=4.0), 0, 6, token_wise=True, name=("voxtral", "gender"))
+    other = tokens.assign_attrs(settings=json.dumps(json.loads(tokens.attrs["settings"]) | {"site": {"name": "mlp"}}))
+    numbers = [part.number for finding in check_claims([attention, noising, other]) for part in finding.parts]
+    assert numbers == [None] * len(numbers)
+    assert any(part.number for finding in check_claims([attention, noising, other, tokens]) for part in finding.parts)
+
+
+def test_the_report_shows_all_of_them(tmp_path: Path) -> None:
+    for overrides in (("site=head",), ("site=attn", "direction=noising", "granularity=token"), ("site.window=2",)):
+        lalm_patch.trace(*SETTINGS, *overrides, f"outputs={tmp_path}")
+    page = make_report(tmp_path, audio=False).read_text()
+    for text in ("head 3", "demo, gender, attn, noising", "demo, gender, windows of 2 layers", "layer 6, head"):
+        assert text in page
