@@ -98,12 +98,12 @@ def _keep(sweep: Sweep, patches: Sequence[Patch], kept: list[Tensor]) -> None:
 
 def nnsight_trace(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patches: Sequence[Patch]) -> Tensor:
     """nnsight's documented recipe for activation patching: a trace to read the states, then one trace per cell."""
-    source = DirectEngine(lalm).layer_outputs(clean, {patch.layer for patch in patches})
+    source = DirectEngine(lalm).states(clean, {(patch.layer, patch.site) for patch in patches})
     rows = []
     for patch in patches:
         where = list(patch.positions)
         with torch.no_grad(), lalm.traced.trace(**corrupted.inputs):
-            lalm.layers[patch.layer].output[:, where] = source[patch.layer][:, where]
+            lalm.layers[patch.layer].output[:, where] = source[patch.layer, patch.site][:, where]
             logits = lalm.traced.output.logits[:, -1].clone().save()
         rows.append(logits)
     return torch.cat(rows)
@@ -111,7 +111,7 @@ def nnsight_trace(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patche
 
 def nnsight_rows(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, rows: int, patches: Sequence[Patch]) -> Tensor:
     """Cells as rows of a batch: one trace writes one patch into each row."""
-    source = DirectEngine(lalm).layer_outputs(from_embeddings(clean), {patch.layer for patch in patches})
+    source = DirectEngine(lalm).states(from_embeddings(clean), {(patch.layer, patch.site) for patch in patches})
     logits = []
     for start in range(0, len(patches), rows):
         batch = sorted(enumerate(patches[start : start + rows]), key=lambda item: item[1].layer)
@@ -119,7 +119,7 @@ def nnsight_rows(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, rows: i
         with torch.no_grad(), lalm.traced.trace(inputs_embeds=embeds, use_cache=False):
             for row, patch in batch:
                 where = list(patch.positions)
-                lalm.layers[patch.layer].output[row, where] = source[patch.layer][0, where]
+                lalm.layers[patch.layer].output[row, where] = source[patch.layer, patch.site][0, where]
             last = lalm.traced.output.logits[:, -1].clone().save()
         logits.append(last)
     return torch.cat(logits)
@@ -135,7 +135,7 @@ def plain_hooks(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patches:
 
     def write(patch: Patch, _module: object, _inputs: object, output: Tensor) -> Tensor:
         where = list(patch.positions)
-        output[:, where] = source[patch.layer][:, where]
+        output[:, where] = source[patch.layer, patch.site][:, where]
         return output
 
     handles = [
@@ -163,7 +163,7 @@ def pyvene(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patches: Sequ
     path = next(name for name, module in lalm.module.named_modules() if module is lalm.decoder_module)
     type_to_module_mapping[kind] = {"block_output": (f"{path}.layers[%s]", CONST_OUTPUT_HOOK)}
     type_to_dimension_mapping[kind] = {"block_output": ("text_config.hidden_size",)}
-    source = DirectEngine(lalm).layer_outputs(clean, {patch.layer for patch in patches})
+    source = DirectEngine(lalm).states(clean, {(patch.layer, patch.site) for patch in patches})
     rows = []
     for patch in patches:
         where = RepresentationConfig(layer=patch.layer, component="block_output", unit="pos", max_number_of_units=1)
@@ -174,7 +174,7 @@ def pyvene(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patches: Sequ
         with torch.no_grad():
             _, patched = model(
                 base=corrupted.inputs,
-                source_representations={key: source[patch.layer][:, list(patch.positions)]},
+                source_representations={key: source[patch.layer, patch.site][:, list(patch.positions)]},
                 unit_locations={"base": patch.positions[0]},
             )
         rows.append(patched.logits[:, -1])

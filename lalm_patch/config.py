@@ -60,6 +60,7 @@ def to_settings(config: DictConfig) -> RunSettings:
     """
     settings = _typed(config)
     check_choices(settings)
+    check_combinations(settings)
     return settings
 
 
@@ -74,11 +75,31 @@ def check_choices(settings: RunSettings) -> None:
             raise ConfigError(f"{path}={value}: expected one of {known}")
 
 
+def check_combinations(settings: RunSettings) -> None:
+    """Raises ConfigError for settings that are right one by one and not together, before anything is loaded."""
+    site, direction = settings.site, settings.direction.name
+    if site.window < 1:
+        raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
+    if site.name == "head" and settings.granularity.name != "layer":
+        raise ConfigError(
+            f"site=head with granularity={settings.granularity.name}: heads times tokens times layers are more cells "
+            "than one can look at; use granularity=layer, or site=attn for single tokens"
+        )
+    standard = (site.name, site.window, direction) == ("resid", 1, "denoising")
+    if settings.backend.name == "ndif" and not standard:
+        raise ConfigError(
+            f"backend=ndif exchanges the residual stream after single layers, denoising; got site={site.name}, "
+            f"site.window={site.window}, direction={direction}: use backend=local for these"
+        )
+
+
 def run_name(settings: RunSettings) -> str:
     """Name of a run's folder: readable, and different for different settings."""
     flat = json.dumps(flat_settings(settings), sort_keys=True)
     short = hashlib.sha256(flat.encode()).hexdigest()[:10]
-    return f"{settings.model.name}-{settings.attr.name}-{settings.granularity.name}-{short}"
+    parts = [settings.model.name, settings.attr.name, settings.granularity.name]
+    parts += [name for name in (settings.site.name, settings.direction.name) if name not in ("resid", "denoising")]
+    return "-".join([*parts, short])
 
 
 def _run_name(*, _root_: DictConfig) -> str:

@@ -20,8 +20,9 @@ from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine import ReplayEngine
 from lalm_patch.engine.choose import replay_obstacle
 from lalm_patch.engine.memory import bytes_per_token
+from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
-from lalm_patch.grids import Grid, chosen_layers, make_grid
+from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
@@ -68,7 +69,10 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     targets = lalm.target_ids(prompt, layout, settings.prompt.target)
     waveform, example = _example(records)
     tokens, _ = lalm.inputs(waveform, prompt, layout)
-    grid = make_grid(settings.granularity.name, tokens, chosen_layers(lalm.num_layers, settings.granularity.layers))
+    place = place_in(lalm, settings.site)
+    check_sites(lalm, [place.site])
+    layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
+    grid = make_grid(settings.granularity.name, tokens, layers, place)
     obstacle = replay_obstacle(lalm)
     there = settings.backend.name == "ndif"
     replay = settings.engine.name != "direct" and obstacle is None and not there
@@ -87,7 +91,9 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
         f"{len(tokens.text_positions)} after it",
         *_token_lines(tokens),
         "targets  " + ", ".join(f"{option} {id}" for option, id in zip(attribute.options, targets, strict=True)),
-        f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip",
+        f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip; "
+        f"site {settings.site.name}, {settings.direction.name}"
+        + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
         f"engine   {engine}: {cost.passes} forward passes per clip, clean and corrupted run included",
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
         f"{cost.working / _GIGA:.2f} GB for the largest pack",
@@ -117,8 +123,8 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
     if replay:
-        suffixes = [(cell.first_layer, length - cell.first_position) for cell in grid.cells]
-        positions = 2 * layers * length + sum((layers - 1 - layer) * suffix for layer, suffix in suffixes)
+        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in grid.cells]
+        positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
         passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)
         pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
     else:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models.tokens import TokenTable
+from lalm_patch.settings import SiteSettings
+
+if TYPE_CHECKING:
+    from lalm_patch.models import LALM
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,47 @@ def token_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "token"), {"layer": np.asarray(layers), "token": np.arange(len(positions))}, cells)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What of a layer is patched, and in how many layers at once.
+
+    Attributes:
+        site: where in the layer; `head` patches one attention head at a time.
+        window: layers patched together: a cell's own and the ones above it, as far as there are any.
+        num_layers: decoder layers of the model.
+        num_heads: attention heads of each.
+    """
+
+    site: Site = Site.RESID
+    window: int = 1
+    num_layers: int = 0
+    num_heads: int = 0
+
+
+def place_in(lalm: LALM, site: SiteSettings) -> Place:
+    """The place that settings name, in a model."""
+    return Place(Site(site.name), site.window, lalm.num_layers, lalm.num_heads)
+
+
+def at_place(grid: Grid, place: Place) -> Grid:
+    """The same grid at another site, over windows of layers; for the site `head` with a dimension `head`, the last."""
+    if place.site is Site.RESID and place.window == 1:
+        return grid
+    heads = tuple(range(place.num_heads)) if place.site is Site.HEAD else (None,)
+    cells = tuple(
+        Intervention(
+            Patch(layer, patch.positions, place.site, head)
+            for patch in cell.patches
+            for layer in range(patch.layer, min(patch.layer + place.window, place.num_layers))
+        )
+        for cell in grid.cells
+        for head in heads
+    )
+    if place.site is not Site.HEAD:
+        return Grid(grid.dims, grid.coords, cells)
+    return Grid((*grid.dims, "head"), grid.coords | {"head": np.arange(place.num_heads)}, cells)
+
+
 GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {"layer": layer_grid, "token": token_grid}
 
 
@@ -83,12 +129,13 @@ def chosen_layers(num_layers: int, layers: Sequence[int] | None) -> tuple[int, .
     return tuple(chosen)
 
 
-def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int]) -> Grid:
-    """The grid of a granularity by its name.
+def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int], place: Place | None = None) -> Grid:
+    """The grid of a granularity by its name; without a place, of single layers' outputs.
 
     Raises:
         ConfigError: no such granularity; the message lists them.
     """
     if granularity not in GRANULARITIES:
         raise ConfigError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
-    return GRANULARITIES[granularity](tokens, layers)
+    grid = GRANULARITIES[granularity](tokens, layers)
+    return grid if place is None else at_place(grid, place)

@@ -82,9 +82,14 @@ def identity(settings: RunSettings, data: str, model: str) -> dict[str, str]:
 
 def describe(settings: RunSettings, command: str) -> dict[str, Any]:
     """Attributes every result carries."""
+    noising = settings.direction.name == "noising"
+    into = "corrupted states into the clean run" if noising else "clean states into the corrupted run"
     return {
         "title": f"Causal tracing of {settings.model.name} on {settings.attr.name}, {settings.granularity.name}-wise",
-        "method": "activation patching, clean states into the corrupted run; Chen, Huang and Lee, arXiv 2603.13768",
+        "method": f"activation patching, {into}; Chen, Huang and Lee, arXiv 2603.13768",
+        "site": settings.site.name,
+        "window": settings.site.window,
+        "direction": settings.direction.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "settings": json.dumps(asdict(replace(settings, shard=None)), sort_keys=True),

@@ -15,6 +15,7 @@ from lalm_patch.netcdf import clean_text
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
 
+_AXES = {"layer": "decoder layer, from 0", "head": "attention head, from 0"}
 _MISSING_CELL = "NaN: the sample is excluded (see `exclusion`)"
 _MISSING_TOKEN = f"{_MISSING_CELL}, or its text has fewer tokens than the longest one"
 
@@ -23,7 +24,7 @@ def build_dataset(
     samples: Sequence[SampleRecord],
     options: Sequence[str],
     dims: Sequence[str],
-    layers: Sequence[int],
+    coords: Mapping[str, Sequence[int] | np.ndarray],
     attributes: Mapping[str, Any],
 ) -> xr.Dataset:
     """Dataset of a run.
@@ -32,15 +33,16 @@ def build_dataset(
         samples: one record per sample, as `Tracer.trace` made them, in the order of the data set.
         options: the attribute's options.
         dims: dimensions of the run's grid, `layer` first.
-        layers: the patched layers.
-        attributes: provenance, stored as the dataset's attributes.
+        coords: labels along the dimensions; along `token` none are needed, samples have their own tokens.
+        attributes: provenance, stored as the dataset's attributes. With `direction` noising, the recovery rate is the
+            share of the gap that is lost: the base run is the clean one.
 
     Returns:
         Dimensions sample, option, `dims`; per sample the probabilities, the recovery rate, why it is excluded, and the
         option logits and logsumexp from which other metrics follow.
     """
     text_length = max((len(sample.meta["token_ids"]) for sample in samples), default=0)
-    sizes = {"layer": len(layers), "token": text_length}
+    sizes = {name: len(labels) for name, labels in coords.items()} | {"token": text_length}
     shape = tuple(sizes[dim] for dim in dims)
     n_samples, n_options = len(samples), len(options)
     base_logits = np.full((n_samples, 2, n_options), np.nan, np.float32)
@@ -63,12 +65,15 @@ def build_dataset(
     p_base = np.exp(base_logits[rows, :, answers] - base_sums)
     p_patched = np.exp(np.take_along_axis(logits, answers.reshape(-1, *[1] * (len(shape) + 1)), -1)[..., 0] - sums)
     gap_shape = (n_samples, *[1] * len(shape))
-    rate = recovery_rate(p_patched, p_base[:, 0].reshape(gap_shape), p_base[:, 1].reshape(gap_shape))
+    clean, corrupted = (p_base[:, column].reshape(gap_shape) for column in (0, 1))
+    noising = attributes.get("direction") == "noising"
+    rate = recovery_rate(p_patched, corrupted, clean) if noising else recovery_rate(p_patched, clean, corrupted)
+    rate_name = "share of the gap that is lost (noising)" if noising else "recovery rate"
 
     cell_dims = ("sample", *dims)
     missing = _MISSING_TOKEN if "token" in dims else _MISSING_CELL
     variables: dict[str, Any] = {
-        "recovery_rate": _variable(cell_dims, rate.astype(np.float32), "recovery rate", "1", missing=missing),
+        "recovery_rate": _variable(cell_dims, rate.astype(np.float32), rate_name, "1", missing=missing),
         "p_patched": _variable(cell_dims, p_patched, "probability of the answer, patched run", "1", missing=missing),
         "p_clean": _variable("sample", p_base[:, 0], "probability of the answer, clean run", "1"),
         "p_corrupted": _variable("sample", p_base[:, 1], "probability of the answer, corrupted run", "1"),
@@ -99,7 +104,7 @@ def build_dataset(
                 f"transcript given beside the audio, {name}; empty for none",
             )
     variables |= _token_variables(samples, text_length)
-    dataset = xr.Dataset(variables, coords=_coordinates(samples, options, dims, layers, text_length))
+    dataset = xr.Dataset(variables, coords=_coordinates(samples, options, coords, text_length))
     reasons = Counter(sample.meta["exclusion"] for sample in samples)
     dataset.attrs = {
         **attributes,
@@ -111,12 +116,15 @@ def build_dataset(
 
 
 def _coordinates(
-    samples: Sequence[SampleRecord], options: Sequence[str], dims: Sequence[str], layers: Sequence[int], length: int
+    samples: Sequence[SampleRecord],
+    options: Sequence[str],
+    coords: Mapping[str, Sequence[int] | np.ndarray],
+    length: int,
 ) -> dict[str, Any]:
     coordinates: dict[str, Any] = {
         "sample": ("sample", np.array([clean_text(sample.id) for sample in samples], object), {"long_name": "clip"}),
         "option": ("option", np.array(list(options), object), {"long_name": "answer option"}),
-        "layer": ("layer", np.asarray(layers), {"long_name": "decoder layer, from 0"}),
+        **{name: (name, np.asarray(labels), {"long_name": _AXES.get(name, name)}) for name, labels in coords.items()},
         "label": ("sample", _texts(samples, "label"), {"long_name": "right answer"}),
         "group": ("sample", _texts(samples, "group"), {"long_name": "speaker or source recording"}),
     }

@@ -329,4 +329,4 @@ def _dataset(store: RunStore, tracer: Tracer, records: Sequence[Record], attribu
     if servers := sorted({json.dumps(sample.meta["server"]) for sample in samples if "server" in sample.meta}):
         attributes["servers"] = f"[{', '.join(servers)}]"
     attributes["data_fingerprint"] = store.identity["clips"]
-    return build_dataset(samples, tracer.attribute.options, tracer.dims, tracer.layers, attributes)
+    return build_dataset(samples, tracer.attribute.options, tracer.dims, tracer.coords, attributes)

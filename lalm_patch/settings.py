@@ -65,6 +65,32 @@ class GranularitySettings:
 
 
 @dataclass
+class SiteSettings:
+    """Where in a layer states are exchanged (`conf/site/*.yaml`).
+
+    Attributes:
+        name: resid (the residual stream after the layer), attn or mlp (what they add to it), or head (one attention
+            head at a time, before the output projection; with granularity=layer).
+        window: layers exchanged together: a cell's own and the ones above it.
+    """
+
+    name: str = MISSING
+    window: int = 1
+
+
+@dataclass
+class DirectionSettings:
+    """Which run's states go into which run (`conf/direction/*.yaml`).
+
+    Attributes:
+        name: denoising (clean states into the corrupted run; the rate is the share of the gap that returns) or noising
+            (corrupted states into the clean run; the rate is the share of the gap that is lost).
+    """
+
+    name: str = MISSING
+
+
+@dataclass
 class DataSettings:
     """Which clips (`conf/data/*.yaml`).
 
@@ -171,6 +197,8 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     attr: AttributeSettings = field(default_factory=AttributeSettings)
     granularity: GranularitySettings = field(default_factory=GranularitySettings)
+    site: SiteSettings = field(default_factory=SiteSettings)
+    direction: DirectionSettings = field(default_factory=DirectionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -209,6 +237,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("sdpa", "eager"),
     "model.prompt_layout": ("chat", "user", "flat", "fixed"),
+    "site.name": ("resid", "attn", "mlp", "head"),
+    "direction.name": ("denoising", "noising"),
     "data.name": ("auto", "demo", "sakura"),
     "data.bad_clips": ("stop", "exclude"),
     "corruption.name": ("silence",),

@@ -80,15 +80,18 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         return [why_none_counts(dataset)]
     kept = dataset.isel(sample=np.flatnonzero(dataset["kept"].values))
     line = over_layers(recovery)
-    where = "at the last token" if "token" in recovery.dims else "all text positions"
+    info = about(dataset)
+    place = "all text positions" if info.site == "resid" else f"{info.site} at all text positions"
+    where = {"token": "at the last token", "head": "the best head of each layer"}.get(info.granularity, place)
+    what = "lost    " if info.direction == "noising" else "recovery"
     half = next((cell for cell in line if cell.mean > 0.5), None)
     reached = "never" if half is None else f"from layer {half.layer}"
     best = peak.over_layers
     lines = [
         f"p(right) clean {float(kept['p_clean'].mean()):.3f}, corrupted {float(kept['p_corrupted'].mean()):.3f}",
-        f"recovery {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
+        f"{what} {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
         f"layer {line[-1].layer}: {line[-1].mean:z.2f}",
-        f"peak     layer {best.layer}: {_mean(best)}, n={best.n} (95 % bootstrap over groups; the first of equals)",
+        f"peak     {best.place}: {_mean(best)}, n={best.n} (95 % bootstrap over groups; the first of equals)",
     ]
     if (other := peak.before_last) is not None:
         place = f"layer {other.layer}, token {other.text!r} ({other.role})"

@@ -17,7 +17,8 @@ from lalm_patch.checks import Check
 from lalm_patch.engine import DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, chosen_layers, make_grid
+from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions import Site
 from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import TOLERANCES, make_pair, prove
@@ -57,7 +58,10 @@ class Tracer:
         option_ids: target token of each option, in the attribute's order.
         checks: what was verified before the first sample.
         engine: the engine that computes the cells.
+        place: where in a layer states are exchanged, and in how many layers at once.
+        noising: whether corrupted states go into the clean run, and not the other way round.
         dims: dimensions of the grid.
+        coords: labels along them; along `token` those of the example.
         example_prompt: the prompt as sent, for a clip of noise.
         cells_per_sample: cells of one sample's grid (of a sample without a transcript of its own).
 
@@ -73,6 +77,8 @@ class Tracer:
         self.layout = settings.prompt.layout or settings.model.prompt_layout
         fixed = Prompt.from_attribute(attribute)
         self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
+        self.place = place_in(lalm, settings.site)
+        self.noising = settings.direction.name == "noising"
         self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
         self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
         self.transcripts = Transcripts(lalm, settings)
@@ -80,7 +86,7 @@ class Tracer:
         self.engine: Engine
         example = self._open(replace(fixed, transcript=self.transcripts.example))
         grid = self.grid(example)
-        self.dims, self.cells_per_sample = grid.dims, len(grid.cells)
+        self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)
         self._oracle = DirectEngine(lalm)
         self._corrupted: OrderedDict[bytes, Encoding] = OrderedDict()
@@ -90,7 +96,7 @@ class Tracer:
         pair = make_pair(self.lalm, prompt, self.layout)
         self.checks += prove(self.lalm, pair)
         self.engine, engine_checks = choose_engine(
-            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance
+            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance, self.place
         )
         self.checks += engine_checks
         return pair.noise.tokens
@@ -103,7 +109,7 @@ class Tracer:
 
     def grid(self, tokens: TokenTable) -> Grid:
         """The run's grid for one sample's tokens."""
-        return make_grid(self.settings.granularity.name, tokens, self.layers)
+        return make_grid(self.settings.granularity.name, tokens, self.layers, self.place)
 
     def prompt(self, sample_id: str) -> Prompt:
         """The prompt of one sample."""
@@ -153,7 +159,10 @@ class Tracer:
             raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
         grid = self.grid(clean.tokens)
         answer = self.attribute.options.index(record.label)
-        base = self.engine.base(clean, corrupted, self.option_ids)
+        source, target = (corrupted, clean) if self.noising else (clean, corrupted)
+        base = self.engine.base(source, target, self.option_ids)
+        if self.noising:
+            base = base.rows(slice(None, None, -1))  # the clean run comes first
         reason = exclusion(base, self.option_ids, answer, self.settings.prompt.correct)
         if not same and reason is Exclusion.KEPT:
             reason = Exclusion.LAYOUT
@@ -166,11 +175,11 @@ class Tracer:
         if reason is not Exclusion.KEPT:
             progress.drop(len(grid.cells))
             return trace
-        swept = self.engine.sweep(clean, corrupted, grid, self.option_ids, progress.advance)
+        swept = self.engine.sweep(source, target, grid, self.option_ids, progress.advance)
         trace.arrays |= readout_arrays("patched", swept, grid.shape)
         checks = self._identities(grid, base, swept, answer, clean.tokens)
         if spot_check and isinstance(self.engine, ReplayEngine):
-            checks.append(self._spot_check(record, clean, corrupted, grid, swept))
+            checks.append(self._spot_check(record, source, target, grid, swept))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] = [vars(check) for check in checks]
         return trace
@@ -206,13 +215,16 @@ class Tracer:
 
     def _identities(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> list[Check]:
         """What holds for any weights: the last position of the last layer carries everything, others nothing."""
+        if self.place.site is not Site.RESID:
+            return []
         last_layer, last = self.lalm.num_layers - 1, len(tokens) - 1
         clean, corrupted = base.probabilities[:, answer]
+        source, target = (corrupted, clean) if self.noising else (clean, corrupted)
         worst = 0.0
         found = False
         for probability, cell in zip(swept.probabilities[:, answer], grid.cells, strict=True):
             if [patch.layer for patch in cell.patches] == [last_layer]:
-                expected = clean if last in cell.patches[0].positions else corrupted
+                expected = source if last in cell.patches[0].positions else target
                 worst, found = max(worst, abs(float(probability - expected))), True
         if not found:
             return []
@@ -224,9 +236,9 @@ class Tracer:
         count = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
 
-    def _spot_check(self, record: Record, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout) -> Check:
+    def _spot_check(self, record: Record, source: Encoding, target: Encoding, grid: Grid, swept: Readout) -> Check:
         chosen = self._spots(record, grid)
-        direct = self._oracle.cells(clean, corrupted, [grid.cells[i] for i in chosen], self.option_ids)
+        direct = self._oracle.cells(source, target, [grid.cells[i] for i in chosen], self.option_ids)
         difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
         return Check.at_most("replay_equals_direct", difference, self.tolerance)
 

@@ -68,7 +68,7 @@ def write(outputs: Path, *overrides: str, finished: bool = True, weights: str = 
             checks = to_json([Check("first", True, 0, 1, "holds"), Check("second", len(options) > 2, 0, 1, "holds?")])
             attributes: dict[str, Any] = {**describe(settings, "made by a test"), "checks": checks, "git_revision": ""}
             attributes |= {key: value for key, value in facts.items() if key == "git_revision"}
-            store.finalise(build_dataset(samples, options, ("layer",), range(layers), attributes))
+            store.finalise(build_dataset(samples, options, ("layer",), {"layer": range(layers)}, attributes))
     return folder
 
 

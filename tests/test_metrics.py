@@ -111,7 +111,7 @@ def test_interventions_are_values() -> None:
     first = Intervention([Patch(3, (7,)), Patch(1, (2, 9))])
     assert first == Intervention([Patch(1, (2, 9)), Patch(3, (7,))])
     assert hash(first) == hash(Intervention([Patch(1, (2, 9)), Patch(3, (7,))]))
-    assert (first.first_layer, first.first_position) == (1, 2)
+    assert (first.entry_layer, first.first_position) == (2, 2)
     assert first.at(3) == (Patch(3, (7,)),)
     for wrong in ((), (2, 1), (1, 1), (-1,)):
         with pytest.raises(ValueError, match="ascending"):

@@ -70,7 +70,7 @@ def dataset(samples: list[SampleRecord], *dims: str, checks: tuple[Check, ...] =
         "settings": json.dumps({"model": {"name": "tiny"}, "attr": {"name": "pet"}, "seed": 0}),
         "checks": to_json(checks),
     }
-    return build_dataset(samples, OPTIONS, dims or ("layer",), layers, described | attributes)
+    return build_dataset(samples, OPTIONS, dims or ("layer",), {"layer": layers}, described | attributes)
 
 
 def curves(n: int, seed: int = 0) -> list[np.ndarray]:

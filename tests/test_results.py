@@ -53,7 +53,7 @@ SAMPLES = [
 
 
 def test_every_number_follows_from_the_stored_logits() -> None:
-    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), (0, 5), {"title": "t"})
+    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), {"layer": (0, 5)}, {"title": "t"})
     assert dict(dataset.sizes) == {"sample": 3, "layer": 2, "token": 3, "option": 2}
     assert dataset.layer.values.tolist() == [0, 5]
     for index, answer in ((0, 1), (2, 0)):
@@ -71,7 +71,7 @@ def test_every_number_follows_from_the_stored_logits() -> None:
 
 
 def test_excluded_samples_stay_with_their_reason() -> None:
-    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), (0, 5), {})
+    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), {"layer": (0, 5)}, {})
     excluded = dataset.sel(sample="b2")
     assert str(excluded.exclusion.values) == "clean prediction wrong"
     assert not bool(excluded.kept)
@@ -87,7 +87,7 @@ def test_clips_that_were_never_run_are_missing_not_zero() -> None:
         {},
         {**SAMPLES[0].meta, "exclusion": "clip unusable", "token_ids": [], "token_texts": [], "token_roles": []},
     )
-    dataset = build_dataset([unusable, SAMPLES[0]], OPTIONS, ("layer", "token"), (0, 5), {})
+    dataset = build_dataset([unusable, SAMPLES[0]], OPTIONS, ("layer", "token"), {"layer": (0, 5)}, {})
     row = dataset.sel(sample="x")
     assert np.isnan(row.p_clean)
     assert np.isnan(row.option_logit_clean).all()
@@ -96,7 +96,7 @@ def test_clips_that_were_never_run_are_missing_not_zero() -> None:
 
 
 def test_variables_say_what_they_are() -> None:
-    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), (0, 5), {})
+    dataset = build_dataset(SAMPLES, OPTIONS, ("layer", "token"), {"layer": (0, 5)}, {})
     for name, variable in dataset.variables.items():
         assert variable.attrs.get("long_name") or name in ("sample",), name
     for name in ("recovery_rate", "p_patched", "option_logit_patched"):

@@ -55,6 +55,8 @@ def compare(runs: Sequence[xr.Dataset], seed: int = 0, n_draws: int = DRAWS) -> 
         same_model, same_attribute = one.model == two.model, one.attribute == two.attribute
         if one.granularity != two.granularity or same_model == same_attribute:
             continue
+        if one.departs != two.departs or not one.cumulative:
+            continue
         if its and others and its != others:
             continue  # they differ in more than the model or the attribute
         if not (a["kept"].any() and b["kept"].any()):

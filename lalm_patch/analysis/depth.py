@@ -57,8 +57,12 @@ def fusion(dataset: xr.Dataset, confidence: float = CONFIDENCE, n_draws: int = D
 
     Of a token-wise run the curve is that of the last token. The numbers are those of the mean curve: the mean of single
     clips' depths is another thing, and not robust, since single curves cross half of their final value by accident.
+    What attention or an MLP adds in one layer does not pile up towards a final value: there the numbers are NaN.
     """
     run = about(dataset)
+    if not run.cumulative:
+        kept = int(dataset["kept"].sum())
+        return Fusion(*[Estimate(np.nan, np.nan, np.nan, kept, 0)] * 4)
     curves = resample(layer_curves(dataset), run.seed, n_draws)
     layers = dataset["layer"].values.astype(np.float64)
     depth, tenth, settled = (crossing(curves.values, layers, level) for level in (0.5, 0.1, 0.9))

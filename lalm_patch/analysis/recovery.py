@@ -29,6 +29,7 @@ class Cell:
         token: column of the grid; None in a layer-wise run.
         text: what the token says; empty in a layer-wise run.
         role: role of the token; empty in a layer-wise run.
+        head: attention head; None unless single heads were patched.
     """
 
     layer: int
@@ -39,6 +40,12 @@ class Cell:
     token: int | None = None
     text: str = ""
     role: str = ""
+    head: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a sentence."""
+        return f"layer {self.layer}" if self.head is None else f"layer {self.layer}, head {self.head}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Peak:
     """Where mean recovery is largest.
 
     Attributes:
-        over_layers: over the layers; of a token-wise run, at the last token.
+        over_layers: over the layers; of a token-wise run, at the last token; of single heads, over these too.
         overall: over all cells of the grid.
         before_last: over the cells before the last token; None in a layer-wise run.
     """
@@ -77,7 +84,7 @@ def mean_recovery(
         n_resamples: number of draws.
 
     Returns:
-        `mean`, `low`, `high`, `n` (samples) and `groups` (clusters) along `layer` or (`layer`, `token`). Cells that a
+        `mean`, `low`, `high`, `n` (samples) and `groups` (clusters) along the grid's dimensions. Cells that a
         sample lacks (NaN) are left out, with their own n. No sample: the mean is NaN; one group: it has no interval.
     """
     samples = align_tokens(dataset) if "token" in dataset["recovery_rate"].dims else kept_samples(dataset)
@@ -136,6 +143,8 @@ def ratio_of_means(
 ) -> xr.Dataset:
     """Mean gain over mean gap: (mean p_patched - mean p_corrupted) / (mean p_clean - mean p_corrupted).
 
+    Of a noising run mean loss over mean gap: (mean p_clean - mean p_patched) / (mean p_clean - mean p_corrupted).
+
     A mean of ratios gives a clip with a tiny gap the same weight as one with a large gap, and its ratio can be
     anything; here each clip counts in proportion to its gap. Where the two differ much, few clips decide the mean.
 
@@ -146,9 +155,10 @@ def ratio_of_means(
     patched = kept["p_patched"].astype(np.float64)
     if "token" in patched.dims:
         patched = at_last_token(kept, patched)
-    corrupted = kept["p_corrupted"].astype(np.float64)
-    gain = (patched - corrupted).transpose("sample", "layer").values
-    gap = (kept["p_clean"].astype(np.float64) - corrupted).values
+    clean, corrupted = kept["p_clean"].astype(np.float64), kept["p_corrupted"].astype(np.float64)
+    moved = clean - patched if about(dataset).direction == "noising" else patched - corrupted
+    gain = moved.transpose("sample", "layer").values
+    gap = (clean - corrupted).values
     clusters = ClusterSums.of(gain, group_names(kept), np.broadcast_to(gap[:, None], gain.shape))
     mean, low, high, _ = ratio_intervals(clusters, confidence, seed, n_resamples)
     text = "ratio of the mean gain to the mean gap in probability"
@@ -196,6 +206,8 @@ def peak_layer(dataset: xr.Dataset, recovery: xr.Dataset | None = None) -> Peak 
 
 def peak_interval(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Layers between which the peak over layers lies, from the peaks of resampled curves; NaN if it cannot be said."""
+    if about(dataset).granularity == "head":
+        return np.nan, np.nan
     clusters = layer_curves(dataset)
     if not clusters.n:
         return np.nan, np.nan
@@ -217,11 +229,17 @@ def _cell(place: xr.Dataset) -> Cell:
     if "token" in place.coords:
         texts = {"token": int(place["token"]), "text": str(place["token_text"].item())}
         texts["role"] = str(place["token_role"].item())
+    if "head" in place.coords:
+        texts["head"] = int(place["head"])
     mean, low, high = (float(place[name]) for name in ("mean", "low", "high"))
     return Cell(int(place["layer"]), mean, low, high, int(place["n"]), **texts)
 
 
 def over_layers(recovery: xr.Dataset) -> list[Cell]:
-    """Mean recovery layer by layer, of a token-wise run at the last token; from `mean_recovery`."""
+    """Mean recovery layer by layer, of a token-wise run at the last token, of single heads the largest of each layer;
+    from `mean_recovery`."""
     line = recovery.isel(token=-1) if "token" in recovery.dims else recovery
-    return [_cell(line.isel(layer=index)) for index in range(line.sizes["layer"])]
+    layers = [line.isel(layer=index) for index in range(line.sizes["layer"])]
+    if "head" in line.dims:
+        layers = [layer.isel(head=int(np.nan_to_num(layer["mean"].values, nan=-np.inf).argmax())) for layer in layers]
+    return [_cell(layer) for layer in layers]

@@ -18,9 +18,12 @@ class About:
     Attributes:
         model: short name of the model.
         attribute: name of the attribute.
-        granularity: `layer` or `token`.
+        granularity: `layer`, `token` or `head` (layers and heads).
         layers: decoder layers the model has.
         seed: of the bootstrap.
+        site: where in a layer states were exchanged: `resid`, `attn`, `mlp` or `head`.
+        window: layers exchanged together.
+        direction: `denoising` or `noising`.
     """
 
     model: str
@@ -28,11 +31,34 @@ class About:
     granularity: str
     layers: int
     seed: int
+    site: str = "resid"
+    window: int = 1
+    direction: str = "denoising"
 
     @property
     def title(self) -> str:
         """For headings."""
-        return f"{self.model}, {self.attribute}"
+        return ", ".join(filter(None, [self.model, self.attribute, self.departs]))
+
+    @property
+    def departs(self) -> str:
+        """In what the run departs from the paper's method: site, window, direction; empty for the paper's own."""
+        parts = [
+            "" if self.site == "resid" else self.site,
+            "" if self.window == 1 else f"windows of {self.window} layers",
+            "" if self.direction == "denoising" else self.direction,
+        ]
+        return ", ".join(filter(None, parts))
+
+    @property
+    def measure(self) -> str:
+        """What the rate is called: what comes back, or what goes."""
+        return "share lost" if self.direction == "noising" else "recovery rate"
+
+    @property
+    def cumulative(self) -> bool:
+        """Whether states hold everything that lower layers have done, so that a curve over layers ends at 1."""
+        return self.site == "resid"
 
 
 def about(dataset: xr.Dataset) -> About:
@@ -40,9 +66,20 @@ def about(dataset: xr.Dataset) -> About:
     settings = run_settings(dataset)
     model = settings.get("model", {}).get("name") or dataset.attrs.get("model_id", "model")
     attribute = settings.get("attr", {}).get("name", "attribute")
-    granularity = "token" if "token" in dataset["recovery_rate"].dims else "layer"
+    dims = dataset["recovery_rate"].dims
+    granularity = next((dim for dim in ("token", "head") if dim in dims), "layer")
     layers = int(dataset.attrs.get("model_layers", int(np.max(dataset["layer"].values, initial=0)) + 1))
-    return About(str(model), str(attribute), granularity, layers, int(settings.get("seed", 0)))
+    site, direction = settings.get("site", {}), settings.get("direction", {})
+    return About(
+        str(model),
+        str(attribute),
+        granularity,
+        layers,
+        int(settings.get("seed", 0)),
+        str(site.get("name", "resid")),
+        int(site.get("window", 1)),
+        str(direction.get("name", "denoising")),
+    )
 
 
 def run_settings(dataset: xr.Dataset) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import numpy as np
 from lalm_patch.checks import Check
 from lalm_patch.engine.direct import DirectEngine
 from lalm_patch.engine.replay import ReplayEngine
+from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, layer_grid, token_grid
+from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.settings import EngineSettings
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROOF_CELLS = 6
+STANDARD = Place()
+"""The residual stream after single layers."""
 
 
 def replay_obstacle(lalm: LALM) -> str | None:
@@ -50,32 +53,43 @@ def replay_obstacle(lalm: LALM) -> str | None:
 
 
 def choose_engine(
-    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float
+    lalm: LALM,
+    settings: EngineSettings,
+    pair: Pair,
+    option_ids: tuple[int, ...],
+    tolerance: float,
+    place: Place = STANDARD,
 ) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
     """The engine for a model, and what was checked to choose it.
 
     Raises:
-        ModelError: replay was asked for and cannot work, or does not give the direct engine's numbers.
+        ModelError: the model lacks the place, replay was asked for and cannot work, or it does not give the direct
+            engine's numbers.
     """
-    engine, checks = _choose(lalm, settings, pair, option_ids, tolerance)
-    return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance)]
+    check_sites(lalm, [place.site])
+    engine, checks = _choose(lalm, settings, pair, option_ids, tolerance, place)
+    return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
 
 
 def noise_floor(
-    engine: DirectEngine | ReplayEngine, corrupted: Encoding, ids: tuple[int, ...], tolerance: float
+    engine: DirectEngine | ReplayEngine,
+    corrupted: Encoding,
+    ids: tuple[int, ...],
+    tolerance: float,
+    place: Place = STANDARD,
 ) -> Check:
     """How far rounding alone moves a probability: the corrupted run's own states are put back into it.
 
     By definition every such cell is the corrupted run again, in any engine and for any weights.
     """
-    grid = _random_cells(corrupted, range(engine.lalm.num_layers))
+    grid = _random_cells(corrupted, range(engine.lalm.num_layers), place)
     unpatched = engine.base(corrupted, corrupted, ids).probabilities[1]
     patched = engine.sweep(corrupted, corrupted, grid, ids).probabilities
     return Check.at_most("noise_floor", float(np.abs(patched - unpatched).max()), tolerance)
 
 
 def _choose(
-    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float
+    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float, place: Place
 ) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
     if settings.name == "direct":
         return DirectEngine(lalm), []
@@ -83,7 +97,7 @@ def _choose(
     if obstacle is None:
         replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
         try:
-            check = _proof(lalm, replay, pair.noise, pair.silence, option_ids, tolerance)
+            check = _proof(replay, pair, option_ids, tolerance, place)
         except NotImplementedError as error:
             obstacle = str(error)
         else:
@@ -100,18 +114,17 @@ def _choose(
     return DirectEngine(lalm), []
 
 
-def _proof(
-    lalm: LALM, replay: ReplayEngine, clean: Encoding, corrupted: Encoding, ids: tuple[int, ...], tolerance: float
-) -> Check:
+def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place) -> Check:
     """Compare the engines on a few random cells of both kinds of grid."""
-    grid = _random_cells(clean, range(lalm.num_layers))
-    fast = replay.sweep(clean, corrupted, grid, ids).probabilities
-    slow = DirectEngine(lalm).sweep(clean, corrupted, grid, ids).probabilities
+    grid = _random_cells(pair.noise, range(replay.lalm.num_layers), place)
+    fast = replay.sweep(pair.noise, pair.silence, grid, ids).probabilities
+    slow = DirectEngine(replay.lalm).sweep(pair.noise, pair.silence, grid, ids).probabilities
     return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)
 
 
-def _random_cells(encoding: Encoding, layers: range) -> Grid:
+def _random_cells(encoding: Encoding, layers: range, place: Place) -> Grid:
     """A few cells, seeded, of the layer-wise and the token-wise grid."""
-    cells = (*layer_grid(encoding.tokens, layers).cells, *token_grid(encoding.tokens, layers).cells)
+    grids = (at_place(make(encoding.tokens, layers), place) for make in (layer_grid, token_grid))
+    cells = tuple(cell for grid in grids for cell in grid.cells)
     chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
     return Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))

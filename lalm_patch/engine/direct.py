@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lalm_patch.engine.readout import Readout
+from lalm_patch.engine.sites import columns, overwrite, states_at
 from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention
+from lalm_patch.interventions import Intervention, Site
 from lalm_patch.models import LALM, Encoding
 
 Progress = Callable[[int], None]
@@ -57,31 +58,36 @@ class DirectEngine:
         progress: Progress = ignore_progress,
     ) -> Readout:
         """One row per intervention: the corrupted run with the intervention's states taken from the clean run."""
-        layers = {patch.layer for intervention in interventions for patch in intervention.patches}
-        source = self.layer_outputs(clean, layers)
+        places = {(patch.layer, patch.site) for intervention in interventions for patch in intervention.patches}
+        source = self.states(clean, places)
         rows = []
         for intervention in interventions:
             rows.append(self._patched(corrupted, intervention, source))
             progress(1)
         return Readout.of(torch.cat(rows), option_ids)
 
-    def layer_outputs(self, encoding: Encoding, layers: Iterable[int]) -> dict[int, Tensor]:
-        """Residual stream [1, positions, hidden] after the given layers of an unpatched run."""
-        wanted = sorted(layers)
+    def states(self, encoding: Encoding, places: Iterable[tuple[int, Site]]) -> dict[tuple[int, Site], Tensor]:
+        """States [1, positions, width] of an unpatched run at the given (layer, site)."""
+        order = list(Site)
+        wanted = sorted(places, key=lambda place: (place[0], order.index(place[1])))
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
-            outputs = nnsight.save([self.lalm.layers[index].output.clone() for index in wanted])
-        return dict(zip(wanted, outputs, strict=True))
+            found = nnsight.save([states_at(self.lalm.layers[index], site).clone() for index, site in wanted])
+        return dict(zip(wanted, found, strict=True))
 
     def _logits(self, encoding: Encoding) -> Tensor:
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
-    def _patched(self, corrupted: Encoding, intervention: Intervention, source: dict[int, Tensor]) -> Tensor:
+    def _patched(
+        self, corrupted: Encoding, intervention: Intervention, source: dict[tuple[int, Site], Tensor]
+    ) -> Tensor:
         layers = self.lalm.layers
+        heads = [columns(self.lalm, patch.head) for patch in intervention.patches]
         with torch.no_grad(), self.lalm.traced.trace(**corrupted.inputs):
-            for patch in intervention.patches:
+            for patch, head in zip(intervention.patches, heads, strict=True):
                 where = list(patch.positions)
-                layers[patch.layer].output[:, where] = source[patch.layer][:, where]
+                states = source[patch.layer, patch.site][0, where, head]
+                overwrite(layers[patch.layer], patch.site, head, where, states)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))

@@ -21,10 +21,11 @@ from transformers import DynamicCache
 from lalm_patch.engine.direct import Progress, ignore_progress
 from lalm_patch.engine.memory import GIB, free_budget, is_out_of_memory, tokens_within
 from lalm_patch.engine.readout import Readout
+from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
 from lalm_patch.engine.suffix_attention import KeyValue, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention
+from lalm_patch.interventions import Intervention, Site
 from lalm_patch.models import LALM, Encoding
 
 log = logging.getLogger(__name__)
@@ -32,30 +33,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _SourceRun:
-    """The clean run: residual stream [text positions, hidden] after each layer, and logits [1, vocabulary]."""
+    """The clean run: states [text positions, width] of each site, layer by layer, and logits [1, vocabulary]."""
 
     first: int
-    states: list[Tensor]
+    states: dict[Site, list[Tensor]]
     logits: Tensor
 
 
 @dataclass(frozen=True)
 class _CorruptedRun:
-    """The corrupted run: as `_SourceRun`, with every layer's keys and values for all positions."""
+    """The corrupted run: what enters each layer and leaves the last one, [text positions, hidden] each, the logits, and
+    every layer's keys and values for all positions."""
 
     first: int
-    states: list[Tensor]
+    entering: list[Tensor]
     logits: Tensor
     prefix: list[KeyValue]
 
 
 @dataclass(frozen=True)
 class _Pack:
-    """Cells that share a forward pass: all start after `layer`, with their indices in the grid."""
+    """Cells that share a forward pass: all enter at `layer`, with their indices in the grid."""
 
     layer: int
     indices: tuple[int, ...]
     cells: tuple[Intervention, ...]
+
+
+_Write = tuple[int, Site, slice, Tensor, Tensor]
+"""Layer, site, columns of the head, indices into the pack, states."""
 
 
 class ReplayEngine:
@@ -73,6 +79,7 @@ class ReplayEngine:
         self.lalm = lalm
         self.pack_tokens = pack_tokens
         self.memory_budget = memory_budget
+        self._sites: set[Site] = {Site.RESID}
         self._source: tuple[Encoding, _SourceRun] | None = None
         self._corrupted: tuple[Encoding, _CorruptedRun] | None = None
 
@@ -92,8 +99,10 @@ class ReplayEngine:
         """One row per cell of the grid, in the grid's order.
 
         Raises:
-            ModelError: not even a single cell fits into memory.
+            ModelError: a site that the model lacks, or not even a single cell fits into memory.
         """
+        self._sites |= {patch.site for cell in grid.cells for patch in cell.patches}
+        check_sites(self.lalm, self._sites)
         source, base = self._source_run(clean), self._corrupted_run(corrupted)
         length = len(corrupted.tokens)
         budget = free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
@@ -152,9 +161,10 @@ class ReplayEngine:
     # --- the two base runs -------------------------------------------------------------------------------------
 
     def _source_run(self, clean: Encoding) -> _SourceRun:
-        if self._source is None or self._source[0] is not clean:
+        known = self._source is not None and self._source[0] is clean
+        if self._source is None or not known or not self._sites <= self._source[1].states.keys():
             self._source = None  # the last clip's states go before this one's come
-            states, logits, _ = self._whole_run(clean, keep_keys=False)
+            states, logits, _ = self._whole_run(clean, self._sites, keep_keys=False)
             self._source = clean, _SourceRun(clean.tokens.text_positions[0], states, logits)
         return self._source[1]
 
@@ -162,14 +172,18 @@ class ReplayEngine:
         # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
         if self._corrupted is None or self._corrupted[0] is not corrupted:
             self._corrupted = None
-            states, logits, prefix = self._whole_run(corrupted, keep_keys=True)
-            run = _CorruptedRun(corrupted.tokens.text_positions[0], states, logits, prefix)
+            states, logits, prefix = self._whole_run(corrupted, {Site.RESID}, keep_keys=True)
+            first = corrupted.tokens.text_positions[0]
+            run = _CorruptedRun(first, [corrupted.inputs_embeds[0, first:], *states[Site.RESID]], logits, prefix)
             self._corrupted = corrupted, run
         return self._corrupted[1]
 
-    def _whole_run(self, encoding: Encoding, keep_keys: bool) -> tuple[list[Tensor], Tensor, list[KeyValue]]:
-        """Text positions' residual stream after each layer, logits of the last position, and keys and values."""
+    def _whole_run(
+        self, encoding: Encoding, sites: set[Site], keep_keys: bool
+    ) -> tuple[dict[Site, list[Tensor]], Tensor, list[KeyValue]]:
+        """Text positions' states of some sites in each layer, logits of the last position, and keys and values."""
         first = encoding.tokens.text_positions[0]
+        wanted = [site for site in Site if site in sites]
         cache = DynamicCache(config=self.lalm.decoder_module.config) if keep_keys else None
         with (
             torch.no_grad(),
@@ -180,10 +194,12 @@ class ReplayEngine:
                 use_cache=keep_keys,
             ),
         ):
-            states = nnsight.save([layer.output[0, first:].clone() for layer in self.lalm.layers])
+            found = nnsight.save(
+                [[states_at(layer, site)[0, first:].clone() for site in wanted] for layer in self.lalm.layers]
+            )
             last = self.lalm.norm.output[:, -1].clone().save()
         prefix = [] if cache is None else [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        return list(states), self.lalm.logits(last), prefix
+        return {site: [layer[k] for layer in found] for k, site in enumerate(wanted)}, self.lalm.logits(last), prefix
 
     # --- packs -------------------------------------------------------------------------------------------------
 
@@ -194,9 +210,9 @@ class ReplayEngine:
 
     @classmethod
     def _packs(cls, cells: Sequence[Intervention], length: int, tokens: int) -> Iterator[_Pack]:
-        """Group cells by their first layer; within one, longest suffix first, cut at `tokens` positions."""
-        for layer in sorted({cell.first_layer for cell in cells}):
-            chosen = [index for index, cell in enumerate(cells) if cell.first_layer == layer]
+        """Group cells by the layer they enter at; within one, longest suffix first, cut at `tokens` positions."""
+        for layer in sorted({cell.entry_layer for cell in cells}):
+            chosen = [index for index, cell in enumerate(cells) if cell.entry_layer == layer]
             chosen.sort(key=lambda index: cells[index].first_position)
             yield from cls._cut(_Pack(layer, tuple(chosen), tuple(cells[i] for i in chosen)), length, tokens)
 
@@ -215,7 +231,7 @@ class ReplayEngine:
     def _run_pack(self, pack: _Pack, source: _SourceRun, base: _CorruptedRun, corrupted: Encoding) -> Tensor:
         """Logits [cells, vocabulary] of a pack."""
         # Everything the layers index with is made here, on its device: inside the loop nothing waits for the host.
-        length, entering = len(corrupted.tokens), base.states[pack.layer]
+        length, entering = len(corrupted.tokens), base.entering[pack.layer]
         starts = torch.tensor([cell.first_position for cell in pack.cells])
         ends = (length - starts).cumsum(0)
         rows = torch.arange(len(starts)).repeat_interleave(length - starts)
@@ -223,10 +239,10 @@ class ReplayEngine:
         window_start = int(starts[0])
         slots = rows * (length - window_start) + positions - window_start
         suffixes = SuffixLayout(base.prefix, window_start, length, _on(slots, entering.device), len(starts))
-        writes = _writes(pack, ends.tolist(), length, source, [state.device for state in base.states])
+        writes = self._writes(pack, ends.tolist(), source, [state.device for state in base.entering[1:]], length)
         entering = entering.index_select(0, _on(positions - base.first, entering.device))[None]
         position_ids = corrupted.position_ids[..., _on(positions, corrupted.position_ids.device)]
-        lasts = _on(ends - 1, base.states[-1].device)
+        lasts = _on(ends - 1, base.entering[-1].device)
 
         layers: list[Any] = self.lalm.layers
         with (
@@ -235,32 +251,32 @@ class ReplayEngine:
                 inputs_embeds=entering, position_ids=position_ids, use_cache=False, suffixes=suffixes
             ),
         ):
-            for index in range(pack.layer + 1):
+            for index in range(pack.layer):
                 layers[index].skip(entering)
-            for index, where, states in writes:
-                layers[index].output[:, where] = states
+            for index, site, head, where, states in writes:
+                overwrite(layers[index], site, head, where, states)
             # Only the last positions go through the final norm.
             self.lalm.norm.input = self.lalm.norm.input.index_select(1, lasts)
             last = self.lalm.norm.output[0].clone().save()
         return self.lalm.logits(last)
 
-
-def _writes(
-    pack: _Pack, ends: Sequence[int], length: int, source: _SourceRun, devices: Sequence[torch.device]
-) -> list[tuple[int, Tensor, Tensor]]:
-    """(layer, indices into the pack, states) of every patch, one write per layer, layers ascending."""
-    by_layer: dict[int, tuple[list[int], list[int]]] = {}
-    for cell, end in zip(pack.cells, ends, strict=True):
-        for patch in cell.patches:
-            where, positions = by_layer.setdefault(patch.layer, ([], []))
+    def _writes(
+        self, pack: _Pack, ends: Sequence[int], source: _SourceRun, devices: Sequence[torch.device], length: int
+    ) -> list[_Write]:
+        """The patches of a pack, in the order in which the forward pass meets them; one write per place."""
+        places: dict[tuple[int, Site, int | None], tuple[list[int], list[int]]] = {}
+        patches = [(patch, end) for cell, end in zip(pack.cells, ends, strict=True) for patch in cell.patches]
+        for patch, end in sorted(patches, key=lambda pair: pair[0].moment[:3]):
+            where, positions = places.setdefault((patch.layer, patch.site, patch.head), ([], []))
             where.extend(end - length + position for position in patch.positions)
             positions.extend(position - source.first for position in patch.positions)
-    writes = []
-    for layer, (where, positions) in sorted(by_layer.items()):
-        states = source.states[layer]
-        chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(devices[layer])
-        writes.append((layer, _on(torch.tensor(where), devices[layer]), chosen))
-    return writes
+        writes = []
+        for (layer, site, head), (where, positions) in places.items():
+            states, device = source.states[site][layer], devices[layer]
+            chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(device)
+            within = columns(self.lalm, head)
+            writes.append((layer, site, within, _on(torch.tensor(where), device), chosen[:, within]))
+        return writes
 
 
 def _on(indices: Tensor, device: torch.device) -> Tensor:

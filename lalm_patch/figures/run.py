@@ -32,8 +32,9 @@ def plot_run(dataset: xr.Dataset, folder: Path, recovery: xr.Dataset | None = No
     """Draw a run.
 
     Layer-wise: mean recovery with its bootstrap band, single samples behind it if there are at most
-    `MOST_SINGLE_LINES`. Token-wise: a heatmap of layers and tokens whose colours are symmetric about 0, so that
-    equal distances from 0 look equally strong; the scale reaches at least 1 and at most `STRONGEST`.
+    `MOST_SINGLE_LINES`. Token-wise, and of single heads: a heatmap of layers and tokens (or heads) whose colours are
+    symmetric about 0, so that equal distances from 0 look equally strong; the scale reaches at least 1 and at most
+    `STRONGEST`.
 
     Args:
         dataset: the run's dataset; without a kept sample the picture says why there is nothing to see.
@@ -53,7 +54,8 @@ def draw_run(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     """The picture of `plot_run`, from the run's `mean_recovery`; to be called within `styled()`."""
     if not recovery["mean"].notnull().any():
         return _draw_nothing(dataset)
-    return _draw_tokens(dataset, recovery) if "token" in recovery.dims else _draw_layers(dataset, recovery)
+    draw = {"token": _draw_tokens, "head": _draw_heads}.get(about(dataset).granularity, _draw_layers)
+    return draw(dataset, recovery)
 
 
 def _title(dataset: xr.Dataset) -> str:
@@ -95,7 +97,7 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     if not np.isnan(low).all():
         axes.fill_between(layers, low, high, color=blue, alpha=0.25, lw=0, zorder=2, label="95 % interval")
     axes.plot(layers, mean, color=blue, lw=1.6, marker="o", ms=3.5, zorder=3, label="mean")
-    axes.set(xlabel="decoder layer", ylabel="recovery rate", ylim=(bottom, top))
+    axes.set(xlabel="decoder layer", ylabel=about(dataset).measure, ylim=(bottom, top))
     axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.set_title(f"{_title(dataset)}\n{_counts(recovery)}")
@@ -113,31 +115,48 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     width = float(np.clip(0.3 * n_tokens, 3.0, max(7.0, 0.155 * n_tokens)))
     height = float(np.clip(0.24 * n_layers, 1.6, max(4.5, 0.08 * n_layers)))
     figure, axes = canvas(width, height)
-    largest = float(np.nanmax(np.abs(means)))
-    limit = min(max(1.0, largest), STRONGEST)
-    colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
-    image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
+    _heatmap(figure, axes, recovery["layer"].values, means, f"mean {about(dataset).measure}")
     axes.set_xticks(
         np.arange(n_tokens) + 0.5,
         [label(str(text)) for text in recovery["token_text"].values],
         rotation=90,
         fontsize=8 if width / n_tokens > 0.16 else 7,
     )
-    step = max(1, int(np.ceil(0.15 * n_layers / height)))
-    rows = np.arange(0, n_layers, step)
-    axes.set_yticks(rows + 0.5, [str(layer) for layer in recovery["layer"].values[rows]], fontsize=8)
-    axes.tick_params(length=2, pad=2)
-    axes.set(xlabel="token after the audio", ylabel="decoder layer")
-    over = [float(np.nanmin(means)) < -limit, float(np.nanmax(means)) > limit]
-    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    side = figure.add_axes((1 + 0.15 / width, 0.0, 0.12 / width, 1.0))
-    figure.colorbar(image, cax=side, extend=extend[over[0], over[1]]).set_label("mean recovery rate")
+    axes.set_xlabel("token after the audio")
     top = brackets(figure, axes, [str(role) for role in recovery["token_role"].values])
     heading = f"{_title(dataset)}: {_counts(recovery)}"
     if bool(recovery["averaged"].any()):
         heading += "\n" + fill(words(recovery.attrs["token_alignment"]), 70)
     axes.annotate(heading, (0.5, 1), (0, top), "axes fraction", textcoords="offset points", ha="center", fontsize=10)
     return figure
+
+
+def _draw_heads(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
+    means = recovery["mean"].transpose("layer", "head").values
+    n_layers, n_heads = means.shape
+    figure, axes = canvas(float(np.clip(0.3 * n_heads, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
+    _heatmap(figure, axes, recovery["layer"].values, means, f"mean {about(dataset).measure}")
+    every = np.arange(0, n_heads, max(1, -(-n_heads // 16)))
+    axes.set_xticks(every + 0.5, [str(head) for head in recovery["head"].values[every]], fontsize=8)
+    axes.set_xlabel("attention head")
+    axes.set_title(f"{_title(dataset)}: {_counts(recovery)}")
+    return figure
+
+
+def _heatmap(figure: Figure, axes: Axes, layers: np.ndarray, means: np.ndarray, name: str) -> None:
+    """Means [layer, column] in colours symmetric about 0, with their scale beside them and the layers' numbers."""
+    width, height = figure.get_size_inches()
+    limit = min(max(1.0, float(np.nanmax(np.abs(means)))), STRONGEST)
+    colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
+    image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
+    rows = np.arange(0, len(layers), max(1, int(np.ceil(0.15 * len(layers) / height))))
+    axes.set_yticks(rows + 0.5, [str(layer) for layer in layers[rows]], fontsize=8)
+    axes.tick_params(length=2, pad=2)
+    axes.set_ylabel("decoder layer")
+    over = [float(np.nanmin(means)) < -limit, float(np.nanmax(means)) > limit]
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    side = figure.add_axes((1 + 0.15 / width, 0.0, 0.12 / width, 1.0))
+    figure.colorbar(image, cax=side, extend=extend[over[0], over[1]]).set_label(name)
 
 
 def brackets(figure: Figure, axes: Axes, roles: list[str]) -> float:
@@ -181,6 +200,8 @@ def _table(recovery: xr.Dataset) -> str:
     keys = ["layer"]
     if "token" in recovery.dims:
         keys += ["token", "token_text", "token_role"]
+    if "head" in recovery.dims:
+        keys += ["head"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*keys, *names])

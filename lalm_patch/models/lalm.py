@@ -105,6 +105,12 @@ class LALM:
         return len(self.layers)
 
     @property
+    def num_heads(self) -> int:
+        """Number of attention heads in each decoder layer."""
+        config: Any = self.decoder_module.config
+        return int(config.num_attention_heads)
+
+    @property
     def decoder_path(self) -> str:
         """Where the decoder is in the whole model: names of submodules, joined by dots."""
         return self._path(self.decoder_module)

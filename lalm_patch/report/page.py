@@ -143,7 +143,7 @@ def _run(found: CollectedRun) -> dict[str, Any]:
         "peak": found.peak,
         "peak_between": peak_interval(run),
         "mean_of_ratios": float(last["mean"].mean()),
-        "ratio_of_means": float(ratio_of_means(run, n_resamples=2)["mean"].mean()) if counts else np.nan,
+        "ratio_of_means": _ratio_of_means(run) if counts else np.nan,
         "effect": effect,
         "planted": planted_window(run),
         "nothing": "" if counts else why_none_counts(run),
@@ -158,6 +158,12 @@ def _run(found: CollectedRun) -> dict[str, Any]:
         "provenance": {key: str(value) for key, value in run.attrs.items() if key not in SHOWN_APART},
         "picture": _embedded(picture),
     }
+
+
+def _ratio_of_means(run: xr.Dataset) -> float:
+    """The headline's ratio of means, averaged over layers; of single heads, over these too."""
+    heads = [run.sel(head=head, drop=True) for head in run["head"].values] if "head" in run.dims else [run]
+    return float(np.mean([ratio_of_means(one, n_resamples=2)["mean"].mean() for one in heads]))
 
 
 def _shared_figures(runs: Sequence[xr.Dataset], folder: Path) -> list[dict[str, str]]:
