@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalm_patch.errors import AudioError, ConfigError
-from lalm_patch.stimuli import SAMPLING_RATE, corrupt, read_audio, silence
+from lalm_patch.stimuli import CORRUPTIONS, SAMPLING_RATE, corrupt, read_audio, silence
 
 COUNT = 3_200  # samples: 0.2 s
 RAMP = [(37 * k) % 60_001 - 30_000 for k in range(COUNT)]
@@ -285,6 +285,31 @@ def test_silence_has_the_clip_s_length_and_dtype() -> None:
     np.testing.assert_array_equal(waveform, EXPECTED)
 
 
+@pytest.mark.parametrize("name", list(CORRUPTIONS))
+def test_corruptions_keep_length_and_type_and_repeat_themselves(name: str) -> None:
+    waveform = read_audio(WHOLE, "clip")
+    corrupted = corrupt(waveform, name)
+    assert corrupted.shape == waveform.shape
+    assert corrupted.dtype == waveform.dtype
+    assert np.isfinite(corrupted).all()
+    assert (corrupted != waveform).any()
+    np.testing.assert_array_equal(corrupted, corrupt(waveform, name))
+    np.testing.assert_array_equal(waveform, EXPECTED)  # the clip itself stays
+
+
+def test_what_each_corruption_keeps_of_the_clip() -> None:
+    clip = (0.3 * np.sin(np.arange(16_020) / 7)).astype(np.float32)
+    assert np.abs(corrupt(clip, "dither")).max() <= 2.0**-15
+    assert np.unique(corrupt(clip, "dither")).size > 100
+    loud = corrupt(clip, "noise")
+    assert np.sqrt(np.mean(loud**2)) == pytest.approx(np.sqrt(np.mean(clip**2)), rel=0.03)
+    spectrum = np.abs(np.fft.rfft(loud.astype(np.float64))) ** 2
+    assert spectrum.max() < 0.01 * spectrum.sum()  # flat: no tone is left
+    shuffled = corrupt(clip, "time_shuffle")
+    np.testing.assert_array_equal(np.sort(shuffled), np.sort(clip))
+    assert any((shuffled[:800] == clip[start : start + 800]).all() for start in range(800, 16_000, 800))
+
+
 def test_an_unknown_corruption_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="expected one of silence, got 'noise'"):
-        corrupt(np.zeros(4, np.float32), "noise")
+    with pytest.raises(ConfigError, match="expected one of silence, dither, noise, time_shuffle, got 'fire'"):
+        corrupt(np.zeros(4, np.float32), "fire")

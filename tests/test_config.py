@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import GENDER, write_sakura
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 import lalm_patch
-from lalm_patch.config import compose, config_folder, run_name
+from lalm_patch.config import compose, config_folder, register, run_name
 from lalm_patch.errors import ConfigError
 from lalm_patch.models import FAMILIES
 from lalm_patch.provenance import flat_settings
@@ -20,6 +22,10 @@ from lalm_patch.stimuli import Attribute
 
 CHANGES = (
     "attr=gender",
+    "site=attn",
+    "site.window=2",
+    "direction=noising",
+    "corruption=noise",
     "granularity=token",
     "granularity.layers=[0,1]",
     "model=voxtral",
@@ -115,3 +121,19 @@ def test_public_names() -> None:
         assert getattr(lalm_patch, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = lalm_patch.nonsense
+
+
+@pytest.mark.parametrize("path", sorted((config_folder() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_a_sweep_of_settings_there_are(path: Path) -> None:
+    """Each of its runs composes; the question it answers stands above it, with the command."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert f"experiment={path.stem}" in lines[2]
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra_compose("config", overrides=[f"experiment={path.stem}"], return_hydra_config=True)
+    assert str(config.hydra.mode) == "RunMode.MULTIRUN"
+    swept = {key: str(values).split(",") for key, values in config.hydra.sweeper.params.items()}
+    assert max(len(values) for values in swept.values()) > 1
+    for values in itertools.product(*swept.values()):
+        settings = compose(*(f"{key}={value}" for key, value in zip(swept, values, strict=True)))
+        assert settings.run_name

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from lalm_patch.analysis.run_info import run_settings
+from lalm_patch.analysis.run_info import about, run_settings
 from lalm_patch.metrics import Exclusion
 
 KEPT = "kept"
@@ -90,10 +90,14 @@ def lost_classes(dataset: xr.Dataset) -> list[str]:
     ]
     if not lost:
         return []
-    return [
-        "With silence and a fixed prompt the corrupted run is the same for every clip of one length, so its answer can "
-        f"remove a whole class: no clip of {', '.join(lost)} counts."
-    ]
+    corruption = about(dataset).corruption
+    why = f"The model's favourite answer to {corruption} removes a whole class"
+    if corruption == "silence":
+        why = (
+            "With silence and a fixed prompt the corrupted run is the same for every clip of one length, so its answer "
+            "can remove a whole class"
+        )
+    return [f"{why}: no clip of {', '.join(lost)} counts."]
 
 
 def why_none_counts(dataset: xr.Dataset) -> str:

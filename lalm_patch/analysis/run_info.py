@@ -24,6 +24,7 @@ class About:
         site: where in a layer states were exchanged: `resid`, `attn`, `mlp` or `head`.
         window: layers exchanged together.
         direction: `denoising` or `noising`.
+        corruption: what the corrupted run hears: `silence`, or another.
     """
 
     model: str
@@ -34,6 +35,7 @@ class About:
     site: str = "resid"
     window: int = 1
     direction: str = "denoising"
+    corruption: str = "silence"
 
     @property
     def title(self) -> str:
@@ -42,11 +44,12 @@ class About:
 
     @property
     def departs(self) -> str:
-        """In what the run departs from the paper's method: site, window, direction; empty for the paper's own."""
+        """In what the run departs from the paper's method (site, window, direction, corruption); empty for its own."""
         parts = [
             "" if self.site == "resid" else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
             "" if self.direction == "denoising" else self.direction,
+            "" if self.corruption == "silence" else self.corruption,
         ]
         return ", ".join(filter(None, parts))
 
@@ -79,6 +82,7 @@ def about(dataset: xr.Dataset) -> About:
         str(site.get("name", "resid")),
         int(site.get("window", 1)),
         str(direction.get("name", "denoising")),
+        str(settings.get("corruption", {}).get("name", "silence")),
     )
 
 

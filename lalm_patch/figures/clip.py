@@ -104,6 +104,6 @@ def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title:
     wave.set(xlim=(0, seconds), xticks=[], yticks=[])
     wave.spines[["top", "right", "left", "bottom"]].set_visible(False)
     clean, corrupted = float(clip["p_clean"]), float(clip["p_corrupted"])
-    heading = f"{title}: {sample} ({clip['label'].item()}), p {corrupted:.2f} on silence, {clean:.2f} on the clip"
+    heading = f"{title}: {sample} ({clip['label'].item()}), p {corrupted:.2f} corrupted, {clean:.2f} on the clip"
     wave.set_title(words(heading), fontsize=9)
     return figure
