@@ -1,6 +1,7 @@
 """From datasets of runs to findings. Needs no model and no torch: it works on a dataset opened anywhere.
 
 run_info    which run a dataset is
+metric      other metrics than the probability
 alignment   one token axis for all samples
 resampling  the bootstrap over groups
 ledger      who counts and why not
@@ -28,6 +29,7 @@ from lalm_patch.analysis.ledger import (
     lost_classes,
     why_none_counts,
 )
+from lalm_patch.analysis.metric import METRICS, with_metric
 from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
 from lalm_patch.analysis.recovery import (
@@ -45,6 +47,7 @@ from lalm_patch.analysis.run_info import About, about, planted_window, run_setti
 __all__ = [
     "CLAIMS",
     "KEPT",
+    "METRICS",
     "About",
     "Accuracy",
     "Cell",
@@ -81,4 +84,5 @@ __all__ = [
     "segments",
     "variants",
     "why_none_counts",
+    "with_metric",
 ]

@@ -25,6 +25,7 @@ class About:
         window: layers exchanged together.
         direction: `denoising` or `noising`.
         corruption: what the corrupted run hears: `silence`, or another.
+        metric: what the rate is of: `probability` of the answer, or another that `with_metric` put in its place.
     """
 
     model: str
@@ -36,6 +37,7 @@ class About:
     window: int = 1
     direction: str = "denoising"
     corruption: str = "silence"
+    metric: str = "probability"
 
     @property
     def title(self) -> str:
@@ -44,12 +46,13 @@ class About:
 
     @property
     def departs(self) -> str:
-        """In what the run departs from the paper's method (site, window, direction, corruption); empty for its own."""
+        """In what the run departs from the paper's method (site, window, direction, corruption, metric), if in any."""
         parts = [
             "" if self.site == "resid" else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
             "" if self.direction == "denoising" else self.direction,
             "" if self.corruption == "silence" else self.corruption,
+            "" if self.metric == "probability" else self.metric.replace("_", " "),
         ]
         return ", ".join(filter(None, parts))
 
@@ -83,6 +86,7 @@ def about(dataset: xr.Dataset) -> About:
         int(site.get("window", 1)),
         str(direction.get("name", "denoising")),
         str(settings.get("corruption", {}).get("name", "silence")),
+        str(dataset.attrs.get("metric", "probability")),
     )
 
 

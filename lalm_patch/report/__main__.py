@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from lalm_patch.analysis import METRICS
 from lalm_patch.errors import LalmPatchError
 from lalm_patch.report.page import make_report
 
@@ -18,10 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: FOLDER/report.html)")
     parser.add_argument("--clips", type=int, default=8, help="clips per run in the explorer (default: 8)")
     parser.add_argument("--no-audio", action="store_true", help="leave the sound out: it may not be yours to pass on")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="probability", help="what the rates are of (default: probability)"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        page = make_report(options.folder, options.out, options.clips, audio=not options.no_audio)
+        page = make_report(options.folder, options.out, options.clips, not options.no_audio, options.metric)
     except LalmPatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

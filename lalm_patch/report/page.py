@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from lalm_patch.analysis import (
     exclusion_table,
     fusion,
     lost_classes,
+    mean_recovery,
     object_effect,
     peak_interval,
+    peak_layer,
     planted_window,
     ratio_of_means,
     relevant,
     run_settings,
     why_none_counts,
+    with_metric,
 )
 from lalm_patch.checks import from_json
 from lalm_patch.collect import CollectedRun, read_runs
@@ -65,7 +69,9 @@ def find_runs(folder: Path) -> tuple[list[CollectedRun], list[CollectedRun]]:
     return finished, unfinished
 
 
-def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: bool = True) -> Path:
+def make_report(
+    folder: Path, page: Path | None = None, clips: int = 8, audio: bool = True, metric: str = "probability"
+) -> Path:
     """Write one HTML page on the runs at or below a folder; it needs no network and no other file.
 
     Args:
@@ -74,11 +80,14 @@ def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: b
             `figures` beside it, as PNG, PDF and the drawn numbers as CSV; each run's own lie with the run.
         clips: clips per run in the explorer.
         audio: whether their sound is put into the page.
+        metric: what the rates are of, one of `METRICS`; another one than the probability follows from what is stored.
 
     Raises:
         StoreError: no finished run, a damaged one, or a page that cannot be written.
     """
     finished, unfinished = find_runs(folder)
+    if metric != "probability":
+        finished = [_measured(run, metric) for run in finished]
     runs = [run.dataset for run in finished if run.dataset is not None]
     page = folder / PAGE if page is None else page
     figures = page.parent / FIGURES
@@ -94,6 +103,7 @@ def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: b
         unfinished=[str(run.status.folder) for run in unfinished],
         findings=relevant(check_claims(runs)),
         comparisons=compare(runs),
+        metric=metric.replace("_", " "),
         figures=_shared_figures(runs, figures),
         explorer={"runs": [run for run in explored if run["clips"]], "sounds": list(sounds)},
     )
@@ -102,6 +112,14 @@ def make_report(folder: Path, page: Path | None = None, clips: int = 8, audio: b
     except OSError as error:
         raise storage_error(error, page, "writing the report") from error
     return page
+
+
+def _measured(found: CollectedRun, metric: str) -> CollectedRun:
+    """The run with another metric in the place of the answer's probability."""
+    assert found.dataset is not None
+    dataset = with_metric(found.dataset, metric)
+    recovery = mean_recovery(dataset, seed=about(dataset).seed)
+    return replace(found, dataset=dataset, recovery=recovery, peak=peak_layer(dataset, recovery))
 
 
 def _template() -> Any:

@@ -1,0 +1,98 @@
+"""Other metrics than the probability of the answer, from what a run stores; nothing is run again.
+
+A run keeps the options' logits and the log-sum-exp over the vocabulary of every cell. That is enough for every metric
+on the options. `with_metric` puts one in the place of the probability, and all of this package's analysis, figures and
+reports work on what it returns. Why it matters: a probability saturates, so two cells that differ by much may look
+alike near 0 and 1, while a margin of logits does not (Heimersheim and Nanda, arXiv 2404.15255; Zhang and Nanda,
+2309.16042).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+
+from lalm_patch.analysis.run_info import about
+from lalm_patch.metrics import recovery_rate
+
+Measure = Callable[[xr.DataArray, xr.DataArray, xr.DataArray], xr.DataArray]
+"""Options' logits [..., option], log-sum-exp [...], whether an option is the right one [sample, option] -> [...]."""
+
+
+def _right(logits: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+    return logits.where(right).max("option")
+
+
+def _exp(values: xr.DataArray) -> xr.DataArray:
+    return values.copy(data=np.exp(values.values))
+
+
+def probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+    """Probability of the answer over the whole vocabulary: what a run reports."""
+    return _exp(_right(logits, right) - logsumexp)
+
+
+def log_probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+    """Its logarithm, in nats."""
+    return _right(logits, right) - logsumexp
+
+
+def logit_margin(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+    """Logit of the answer minus that of the best other option, in nats."""
+    return _right(logits, right) - logits.where(~right).max("option")
+
+
+def option_probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+    """Probability of the answer among the options alone."""
+    shifted = _exp(logits - logits.max("option"))
+    return _right(shifted, right) / shifted.sum("option", skipna=False)
+
+
+METRICS: dict[str, tuple[Measure, str]] = {
+    "probability": (probability, "1"),
+    "log_probability": (log_probability, "nat"),
+    "logit_margin": (logit_margin, "nat"),
+    "option_probability": (option_probability, "1"),
+}
+"""Metrics and their units, by name."""
+
+
+def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
+    """The run's dataset with another metric in the place of the answer's probability.
+
+    Args:
+        dataset: a run's dataset.
+        name: one of `METRICS`.
+
+    Returns:
+        A dataset whose `p_clean`, `p_corrupted`, `p_patched` hold the metric and whose `recovery_rate` follows from it;
+        the same samples count. The rate is NaN where the metric is not larger in the clean run.
+
+    Raises:
+        ValueError: no such metric; the message lists them.
+    """
+    if name not in METRICS:
+        raise ValueError(f"metric {name!r}: expected one of {', '.join(METRICS)}")
+    measure, units = METRICS[name]
+    text = (measure.__doc__ or name).split(":")[0].rstrip(".")
+    right = dataset["option"] == dataset["label"]
+    values = {
+        run: measure(dataset[f"option_logit_{run}"].astype(float), dataset[f"logsumexp_{run}"].astype(float), right)
+        for run in ("clean", "corrupted", "patched")
+    }
+    gap = values["clean"] - values["corrupted"]
+    source, target = values["clean"], values["corrupted"]
+    if about(dataset).direction == "noising":
+        source, target = target, source
+    patched, source, target, gap = xr.broadcast(values["patched"], source, target, gap)
+    order = dataset["recovery_rate"].dims
+    rate = patched.copy(data=recovery_rate(patched.values, source.values, target.values)).where(gap > 0)
+    changed = {
+        "recovery_rate": rate.transpose(*order).assign_attrs(dataset["recovery_rate"].attrs | {"metric": name}),
+        **{
+            f"p_{run}": value.assign_attrs(long_name=f"{text}, {run} run", units=units) for run, value in values.items()
+        },
+    }
+    return dataset.assign(changed).assign_attrs(metric=name)

@@ -1,0 +1,81 @@
+"""Other metrics from what is stored: by their definitions, and through everything that is built on the probability."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import lalm_patch
+from lalm_patch.analysis import METRICS, about, check_claims, fusion, mean_recovery, with_metric
+from lalm_patch.report import make_report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metric")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, xr.Dataset]:
+    found = {}
+    for direction in ("denoising", "noising"):
+        overrides = ("attr=animal", "data.limit=9", f"direction={direction}", f"outputs={folder}")
+        found[direction] = lalm_patch.trace(*overrides).dataset
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_probability_is_what_the_run_reports(runs: dict[str, xr.Dataset], direction: str) -> None:
+    run = runs[direction]
+    again = with_metric(run, "probability")
+    for name in ("p_clean", "p_corrupted", "p_patched", "recovery_rate"):
+        np.testing.assert_allclose(again[name], run[name], atol=1e-5)
+
+
+def test_metrics_by_their_definitions(runs: dict[str, xr.Dataset]) -> None:
+    run = runs["denoising"]
+    values = {name: with_metric(run, name) for name in METRICS}
+    for index in np.flatnonzero(run["kept"].values)[:3]:
+        answer = list(run["option"].values).index(str(run["label"].values[index]))
+        logits = run["option_logit_patched"].values[index].astype(float)
+        total = run["logsumexp_patched"].values[index].astype(float)
+        others = np.delete(logits, answer, axis=1)
+        expected = {
+            "probability": np.exp(logits[:, answer] - total),
+            "log_probability": logits[:, answer] - total,
+            "logit_margin": logits[:, answer] - others.max(axis=1),
+            "option_probability": 1 / (1 + np.exp(others - logits[:, [answer]]).sum(axis=1)),
+        }
+        for name, numbers in expected.items():
+            np.testing.assert_allclose(values[name]["p_patched"].values[index], numbers, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("name", list(METRICS))
+def test_identities_hold_for_every_metric(runs: dict[str, xr.Dataset], direction: str, name: str) -> None:
+    """Where nothing is exchanged that matters the rate is 0, and from the last planted layer on it is 1."""
+    run = with_metric(runs[direction], name)
+    kept = run.isel(sample=np.flatnonzero(run["kept"]))
+    rates = kept["recovery_rate"].transpose("sample", "layer").values
+    defined = (kept["p_clean"] > kept["p_corrupted"]).values
+    assert defined.any()
+    np.testing.assert_allclose(rates[defined][:, :4], 0, atol=1e-4)
+    np.testing.assert_allclose(rates[defined][:, 6:], 1, atol=1e-4)
+    assert np.isnan(rates[~defined]).all()
+    shown = mean_recovery(run)
+    assert shown["mean"].notnull().all()
+    assert 3 < fusion(run).depth.value < 6
+
+
+def test_the_page_says_which_metric_it_shows(runs: dict[str, xr.Dataset], folder: Path) -> None:
+    page = make_report(folder, audio=False, metric="logit_margin").read_text()
+    assert "demo, animal, logit margin" in page
+    assert "right answer's logit margin" in page
+    other = with_metric(runs["denoising"], "logit_margin")
+    assert about(other).departs == "logit margin"
+    assert all(part.number is None for finding in check_claims([other]) for part in finding.parts)
+    with pytest.raises(ValueError, match="expected one of probability, log_probability"):
+        with_metric(other, "bits")
