@@ -1,0 +1,1 @@
+"""Models whose truth is planted, and how well tracing finds it."""
