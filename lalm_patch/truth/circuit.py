@@ -128,15 +128,13 @@ class Circuit:
             audio: the clip's class register [audio position, class]; silence has zeros.
             interventions: patches of the residual stream; the empty intervention is the corrupted run.
         """
-        clean = self._run(self._start(audio), Intervention(), None)
-        silence = self._start(np.zeros_like(audio))
-        logits = np.stack([self._run(silence, each, clean)[-1][-1, Register.ANSWER] for each in interventions])
-        return _softmax(logits * self.answer_gain)
+        clean = self._run(self._start(audio), [Intervention()], None)
+        patched = self._run(self._start(np.zeros_like(audio)), interventions, clean)
+        return self._read(patched[-1])
 
     def clean_probabilities(self, audio: FloatArray) -> FloatArray:
         """P(option) of the clean run: [option]."""
-        answer = self._run(self._start(audio), Intervention(), None)[-1][-1, Register.ANSWER]
-        return np.asarray(_softmax(answer[None] * self.answer_gain)[0])
+        return np.asarray(self._read(self._run(self._start(audio), [Intervention()], None)[-1])[0])
 
     def recovery(self, audio: FloatArray, answer: int, interventions: Sequence[Intervention]) -> FloatArray:
         """Recovery rate that each intervention must give: [intervention]."""
@@ -149,22 +147,30 @@ class Circuit:
         states[SINK_POSITIONS : SINK_POSITIONS + len(audio), Register.AUDIO] = audio
         return states
 
-    def _run(self, states: FloatArray, intervention: Intervention, clean: list[FloatArray] | None) -> list[FloatArray]:
-        """Registers after each layer, and at the end those that the output head sees (after the final norm)."""
-        first = len(states) - self.text
+    def _run(
+        self, start: FloatArray, interventions: Sequence[Intervention], clean: list[FloatArray] | None
+    ) -> list[FloatArray]:
+        """Registers after each layer: [intervention, position, register, class]."""
+        states = np.tile(start, (len(interventions), 1, 1, 1))
+        first = len(start) - self.text
         after = []
         for layer in range(self.layers):
             seen, states = _normed(states), states.copy()
             for move in self.moves:
                 if move.layer == layer:
-                    source = range(SINK_POSITIONS, first) if move.source is None else [first + move.source]
-                    states[first + move.target, move.writes] += move.gain * seen[source, move.reads].mean(axis=0)
-            for patch in intervention.at(layer):
-                if patch.site is not Site.RESID or clean is None:
-                    raise ValueError(f"what {patch} gives is not worked out; extend Circuit._run")
-                states[list(patch.positions)] = clean[layer][list(patch.positions)]
+                    source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
+                    states[:, first + move.target, move.writes] += move.gain * seen[:, source, move.reads].mean(axis=1)
+            for row, intervention in enumerate(interventions):
+                for patch in intervention.at(layer):
+                    if patch.site is not Site.RESID or clean is None:
+                        raise ValueError(f"what {patch} gives is not worked out; extend Circuit._run")
+                    states[row, list(patch.positions)] = clean[layer][0, list(patch.positions)]
             after.append(states)
-        return [*after, _normed(states)]
+        return after
+
+    def _read(self, states: FloatArray) -> FloatArray:
+        """P(option) [intervention, option], from the registers after the last layer."""
+        return _softmax(self.answer_gain * _normed(states)[:, -1, Register.ANSWER])
 
 
 @dataclass(frozen=True)
@@ -204,11 +210,6 @@ class Window:
 Truth = Circuit | Window
 
 
-def nominal_audio() -> FloatArray:
-    """The class register of a loud clip of class 0: [audio position, class]."""
-    return np.tile(np.eye(CLASSES)[0], (AUDIO_POSITIONS, 1))
-
-
 def token_table(text: int) -> TokenTable:
     """The prompt of a planted model: sink, audio, and text tokens that all differ and have the usual roles."""
     ids = [SINK_ID] * SINK_POSITIONS + [AUDIO_ID] * AUDIO_POSITIONS + list(range(TEXT_ID, TEXT_ID + text))
@@ -221,7 +222,7 @@ def token_table(text: int) -> TokenTable:
 
 def _normed(states: FloatArray) -> FloatArray:
     """RMSNorm of the registers; ballast and tag count towards the norm."""
-    square = BALLAST_VALUE**2 + 1 + (states**2).sum(axis=(1, 2), keepdims=True)
+    square = BALLAST_VALUE**2 + 1 + (states**2).sum(axis=(-2, -1), keepdims=True)
     return np.asarray(states / np.sqrt(square / HIDDEN))
 
 

@@ -139,9 +139,9 @@ def draw_clips(count: int, frames: int, seed: int) -> list[Clip]:
     generator = torch.Generator().manual_seed(seed)
     clips = []
     for index in range(count):
-        loudness = 1.5 + 2.5 * torch.rand(1, generator=generator)
-        mel = torch.rand(MELS, 1, generator=generator) * torch.rand(MELS, frames, generator=generator)
-        mel[:CLASSES] *= 0.5
+        loudness = 1.5 + 1.5 * torch.rand(1, generator=generator)
+        mel = 3 * torch.rand(MELS, 1, generator=generator) * torch.rand(MELS, frames, generator=generator)
+        mel[:CLASSES] *= 0.3
         mel[index % CLASSES] += loudness
         clips.append(Clip(mel, index % CLASSES))
     return clips
@@ -155,7 +155,7 @@ def plant_circuit(
     Args:
         circuit: what to plant.
         architecture: one of `ARCHITECTURES`.
-        background: scale of the random weights around it; 0: none, 1: as large as leaves the circuit in charge.
+        background: scale of the random weights around it; 0: none, 0.5: small beside the circuit, 1: as large as it.
         seed: of the background.
     """
     module = _module(architecture, circuit.layers)
@@ -305,7 +305,9 @@ def _plant_background(module: Any, scale: float, seed: int) -> None:
             random(projection.weight, 0.15)
             if projection.bias is not None:
                 random(projection.bias, 0.15)
+        # Read by values, the ballast would only add the same constant everywhere, and outgrow what is planted.
+        layer.self_attn.v_proj.weight[:, BALLAST] = 0.0
         random(layer.self_attn.o_proj.weight[FREE:], 0.15)
         random(layer.mlp.gate_proj.weight, 0.15)
         random(layer.mlp.up_proj.weight, 0.15)
-        random(layer.mlp.down_proj.weight[FREE:], 0.05)
+        random(layer.mlp.down_proj.weight[FREE:], 0.03)
