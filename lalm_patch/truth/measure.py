@@ -58,7 +58,11 @@ class Measured:
 
 
 def measure(
-    lalm: PlantedLALM, method: Method, clips: Sequence[Clip], progress: Progress = ignore_progress, name: str = "planted"
+    lalm: PlantedLALM,
+    method: Method,
+    clips: Sequence[Clip],
+    progress: Progress = ignore_progress,
+    name: str = "planted",
 ) -> Measured:
     """Trace clips; silence is the corruption, and the right answer has to be the most probable of all tokens.
 
@@ -67,7 +71,9 @@ def measure(
     engine, oracle = method.engine(lalm), DirectEngine(lalm)
     corrupted = lalm.encode_frames(torch.zeros(MELS, lalm.frames))
     grid = method.grid(corrupted.tokens, range(lalm.num_layers))
-    records, audio, answers = [], [], []
+    records: list[SampleRecord] = []
+    audio: list[FloatArray] = []
+    answers: list[int] = []
     spot_check = np.nan
     for index, clip in enumerate(clips):
         clean = lalm.encode_frames(clip.frames)

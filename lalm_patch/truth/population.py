@@ -10,7 +10,7 @@ import numpy as np
 from lalm_patch.truth.circuit import HEADS, KEY_VALUE_HEADS, MOST_TEXT, Circuit, Move, Register, Truth, Window
 from lalm_patch.truth.decoder import ARCHITECTURES, PlantedLALM, plant_circuit, plant_window
 
-MOST_BACKGROUND = 0.5
+MOST_BACKGROUND = 0.7
 FEWEST_LAYERS, MOST_LAYERS = 6, 12
 
 

@@ -1,0 +1,85 @@
+"""`python -m lalm_patch.truth`: score tracing on models whose truth is planted."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lalm_patch.errors import ConfigError, LalmPatchError
+from lalm_patch.truth.benchmark import Row, bars, markdown, run_benchmark, summary
+from lalm_patch.truth.methods import METHODS, chosen_methods
+from lalm_patch.truth.population import KINDS, make_population
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark and print its table; 1 with a sentence on standard error if that cannot be done."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _check(options)
+        methods = chosen_methods(options.methods.split(",") if options.methods else [])
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        plans = make_population(options.models, options.seed)
+        rows = run_benchmark(plans, methods, options.clips, options.population)
+        text = "\n".join([markdown(summary(rows)), "", *bars(rows)])
+        print(text)
+        if options.out:
+            options.out.write_text(f"{text}\n", encoding="utf-8")
+        if options.rows:
+            _write_rows(rows, options.rows)
+    except LalmPatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m lalm_patch.truth",
+        description=f"Score tracing on planted models ({', '.join(KINDS)}); docs/truth.md explains the table.",
+    )
+    parser.add_argument("--models", type=int, default=200, help="planted models (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the population of models (default: 0)")
+    parser.add_argument("--methods", help=f"some of {','.join(METHODS)} (default: all)")
+    parser.add_argument("--clips", type=int, default=24, help="clips of a run (default: 24)")
+    parser.add_argument("--population", type=int, default=48, help="clips a model's runs are drawn from (default: 48)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; 0: its own choice (default: 1)")
+    parser.add_argument("--out", type=Path, help="also write the table to this file (markdown)")
+    parser.add_argument("--rows", type=Path, help="also write every model's scores to this file (CSV)")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what would fail after the work."""
+    for name, least in (("models", 1), ("clips", 2), ("population", 2), ("seed", 0), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name}={getattr(options, name)}: expected at least {least}")
+    for name in ("out", "rows"):
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        if not path.parent.is_dir() or path.is_dir():
+            raise ConfigError(f"--{name}={path}: expected a file in a folder that exists")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"--{name}={path}: not writable; choose another place")
+
+
+def _write_rows(rows: Sequence[Row], path: Path) -> None:
+    flat = [row.flat() for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
