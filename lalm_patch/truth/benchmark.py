@@ -132,7 +132,7 @@ def markdown(table: xr.Dataset) -> str:
     lines = [f"| method | kind | {' | '.join(names)} |", f"|{'---|' * (len(names) + 2)}"]
     for method in table["method"].values:
         for kind in table["kind"].values:
-            place = table.sel(method=method, kind=kind)
+            place = table.loc[{"method": method, "kind": kind}]
             lines.append(f"| {method} | {kind} | {' | '.join(_shown(n, float(place[n])) for n in names)} |")
     return "\n".join(lines)
 

@@ -189,8 +189,8 @@ def plant_window(window: Window, architecture: str = "qwen2_audio", seed: int = 
         decoder: Any = module.get_decoder()
         for index, layer in enumerate(decoder.layers):
             # Attention strong enough against the rest for the answer to depend on the clip.
-            layer.self_attn.v_proj.weight.mul_(3)
-            layer.self_attn.o_proj.weight.mul_(3)
+            layer.self_attn.v_proj.weight.mul_(6)
+            layer.self_attn.o_proj.weight.mul_(6)
             if not window.first <= index < window.end:
                 layer.self_attn.o_proj.weight.zero_()
     return PlantedLALM(module, architecture, window)
