@@ -7,7 +7,8 @@ import csv
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,13 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         plans = make_population(options.models, options.seed)
-        rows = run_benchmark(plans, methods, options.clips, options.population)
+        rows = _collected(run_benchmark(plans, methods, options.clips, options.population), options.rows)
         text = "\n".join([markdown(summary(rows)), "", *bars(rows)])
         print(text)
         if options.out:
             options.out.write_text(f"{text}\n", encoding="utf-8")
-        if options.rows:
-            _write_rows(rows, options.rows)
     except LalmPatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -72,13 +71,26 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}={path}: not writable; choose another place")
 
 
-def _write_rows(rows: Sequence[Row], path: Path) -> None:
-    flat = [row.flat() for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(flat)
+def _collected(rows: Iterable[Row], path: Path | None) -> list[Row]:
+    """All rows, each written to the file as it comes; interrupted from the keyboard, those there are."""
+    collected: list[Row] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("w", newline="", encoding="utf-8")) if path else None
+        try:
+            for row in rows:
+                collected.append(row)
+                if file is not None:
+                    flat = row.flat()
+                    writer = csv.DictWriter(file, list(flat))
+                    if len(collected) == 1:
+                        writer.writeheader()
+                    writer.writerow(flat)
+                    file.flush()
+        except KeyboardInterrupt:
+            if not collected:
+                raise ConfigError("interrupted before the first model was scored") from None
+            print("interrupted: the table is of the models scored so far", file=sys.stderr)
+    return collected
 
 
 if __name__ == "__main__":

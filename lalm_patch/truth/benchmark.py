@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -16,8 +16,6 @@ from lalm_patch.truth.measure import measure
 from lalm_patch.truth.methods import Method
 from lalm_patch.truth.population import SINGLE_PATH, Plan
 from lalm_patch.truth.scoring import Score, draw_run, score
-
-log = logging.getLogger(__name__)
 
 ALL = "all"
 DEPTH_BAR, COVERAGE_BAR, POSITION_BAR = 0.95, 0.90, 0.95
@@ -41,16 +39,16 @@ class Row:
     score: Score | None
     spot_check: float
 
-    def flat(self) -> dict[str, str | int | float]:
+    def flat(self) -> dict[str, Any]:
         """For a table with a row per model and method."""
-        scores = {} if self.score is None else asdict(self.score)
-        scores["paths"] = " ".join(f"{value:.3f}" for value in scores.get("paths", ()))
+        scores = dict.fromkeys(field.name for field in fields(Score)) if self.score is None else asdict(self.score)
+        scores["paths"] = " ".join(f"{value:.3f}" for value in scores["paths"] or ())
         described = {name: getattr(self.plan, name) for name in ("kind", "architecture", "background", "seed", "truth")}
         return {"model": self.number, "method": self.method, **described, **scores, "spot_check": self.spot_check}
 
 
-def run_benchmark(plans: Sequence[Plan], methods: Sequence[Method], clips: int, population: int) -> list[Row]:
-    """Trace and score every plan with every method.
+def run_benchmark(plans: Sequence[Plan], methods: Sequence[Method], clips: int, population: int) -> Iterator[Row]:
+    """Trace and score every plan with every method; each row comes as soon as it is known.
 
     Args:
         plans: the models.
@@ -59,20 +57,17 @@ def run_benchmark(plans: Sequence[Plan], methods: Sequence[Method], clips: int, 
         population: clips of that population; all of them are traced, so that the truth of an interval is known.
     """
     total = sum(_cells(plan, method) * population for plan in plans for method in methods)
-    rows = []
     with Progress(total, f"{len(plans)} planted models") as progress:
         for number, plan in enumerate(plans):
-            progress.note(f"model {number + 1}/{len(plans)}, {plan.kind}")
             lalm = plan.build()
             drawn = draw_clips(population, lalm.frames, plan.seed)
             for method in methods:
+                progress.note(f"model {number + 1}, {plan.kind}, {method.name}")
                 measured = measure(lalm, method, drawn, progress.advance, f"planted {number}")
-                # Seeds differ from the clips' own, and are the same for all methods: these see the same runs.
+                # Not the clips' own seed, and the same for all methods: they see the same runs.
                 run = draw_run(measured.dataset, clips, plan.seed + 1)
                 found = score(run, measured.expected(plan.truth), measured.dataset) if measured.answers else None
-                rows.append(Row(number, plan, method.name, found, measured.spot_check))
-        progress.note("done")
-    return rows
+                yield Row(number, plan, method.name, found, measured.spot_check)
 
 
 def _cells(plan: Plan, method: Method) -> int:

@@ -39,6 +39,9 @@ FREE = REGISTERS + 3 * CLASSES
 BALLAST_VALUE = 8.0
 """The square root of `HIDDEN`: a state's root mean square is then about 1."""
 
+SHARPNESS = 30.0
+"""By how much a planted head's attention score for its source exceeds that of the sink, and the sink's all others."""
+
 PAD_ID, SINK_ID, AUDIO_ID, OTHER_ID = range(4)
 OPTION_IDS = tuple(range(4, 4 + CLASSES))
 TEXT_ID = OPTION_IDS[-1] + 1
@@ -155,11 +158,14 @@ class Circuit:
         first = len(start) - self.text
         after = []
         for layer in range(self.layers):
-            seen, states = _normed(states), states.copy()
+            sizes = _size(states)
+            seen, states = states / sizes, states.copy()
             for move in self.moves:
                 if move.layer == layer:
                     source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
-                    states[:, first + move.target, move.writes] += move.gain * seen[:, source, move.reads].mean(axis=1)
+                    target = first + move.target
+                    looks = _attention(sizes[:, target], sizes[:, source])
+                    states[:, target, move.writes] += move.gain * (looks * seen[:, source, move.reads]).sum(axis=1)
             for row, intervention in enumerate(interventions):
                 for patch in intervention.at(layer):
                     if patch.site is not Site.RESID or clean is None:
@@ -169,8 +175,13 @@ class Circuit:
         return after
 
     def _read(self, states: FloatArray) -> FloatArray:
-        """P(option) [intervention, option], from the registers after the last layer."""
-        return _softmax(self.answer_gain * _normed(states)[:, -1, Register.ANSWER])
+        """P(option) over the whole vocabulary [intervention, option], from the registers after the last layer."""
+        last = states[:, -1:]
+        size = _size(last)
+        logits = self.answer_gain * (last / size)[:, 0, Register.ANSWER]
+        others = np.exp(OTHER_LOGIT / size.ravel()) + VOCABULARY - CLASSES - 1
+        weights = np.exp(logits)
+        return np.asarray(weights / (weights.sum(axis=1) + others)[:, None])
 
 
 @dataclass(frozen=True)
@@ -220,14 +231,14 @@ def token_table(text: int) -> TokenTable:
     return TokenTable(tuple(ids), tuple(texts), tuple(roles))
 
 
-def _normed(states: FloatArray) -> FloatArray:
-    """RMSNorm of the registers; ballast and tag count towards the norm."""
+def _size(states: FloatArray) -> FloatArray:
+    """Root mean square of states [..., register, class], as RMSNorm takes it; ballast and tag count."""
     square = BALLAST_VALUE**2 + 1 + (states**2).sum(axis=(-2, -1), keepdims=True)
-    return np.asarray(states / np.sqrt(square / HIDDEN))
+    return np.asarray(np.sqrt(square / HIDDEN))
 
 
-def _softmax(option_logits: FloatArray) -> FloatArray:
-    """P(option) from the options' logits [..., option], over the whole vocabulary."""
-    others = np.exp(OTHER_LOGIT) + VOCABULARY - CLASSES - 1
-    weights = np.exp(option_logits)
-    return np.asarray(weights / (weights.sum(axis=-1, keepdims=True) + others))
+def _attention(target: FloatArray, sources: FloatArray) -> FloatArray:
+    """Weights of the sources [..., source, 1], from the states' sizes: a larger state's tag is smaller once normed."""
+    scores = 2 * SHARPNESS / (target[:, None] * sources)[..., 0]
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))

@@ -54,6 +54,7 @@ from lalm_patch.truth.circuit import (
     OTHER_ID,
     OTHER_LOGIT,
     PAD_ID,
+    SHARPNESS,
     SINK_ID,
     SINK_TAG,
     TEXT_ID,
@@ -69,7 +70,6 @@ from lalm_patch.truth.circuit import (
 )
 
 ARCHITECTURES = ("qwen2_audio", "voxtral")
-SHARPNESS = 30.0
 ROPE_BASE = 1e6
 MELS, ENCODER_WIDTH = 8, 16
 CONSTANT = MELS
