@@ -16,7 +16,7 @@ import torch
 from lalm_patch.errors import ConfigError, LalmPatchError
 from lalm_patch.truth.benchmark import Row, bars, markdown, run_benchmark, summary
 from lalm_patch.truth.methods import METHODS, chosen_methods
-from lalm_patch.truth.population import KINDS, make_population
+from lalm_patch.truth.population import KINDS, MOST_BACKGROUND, make_population
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         methods = chosen_methods(options.methods.split(",") if options.methods else [])
         if options.threads:
             torch.set_num_threads(options.threads)
-        plans = make_population(options.models, options.seed)
+        plans = make_population(options.models, options.seed, options.background)
         rows = _collected(run_benchmark(plans, methods, options.clips, options.population), options.rows)
         text = "\n".join([markdown(summary(rows)), "", *bars(rows)])
         print(text)
@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", help=f"some of {','.join(METHODS)} (default: all)")
     parser.add_argument("--clips", type=int, default=24, help="clips of a run (default: 24)")
     parser.add_argument("--population", type=int, default=48, help="clips a model's runs are drawn from (default: 48)")
+    parser.add_argument(
+        "--background",
+        type=float,
+        default=MOST_BACKGROUND,
+        help=f"largest scale of the random weights around a circuit (default: {MOST_BACKGROUND})",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch; 0: its own choice (default: 1)")
     parser.add_argument("--out", type=Path, help="also write the table to this file (markdown)")
     parser.add_argument("--rows", type=Path, help="also write every model's scores to this file (CSV)")
@@ -58,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ConfigError for what would fail after the work."""
-    for name, least in (("models", 1), ("clips", 2), ("population", 2), ("seed", 0), ("threads", 0)):
+    for name, least in (("models", 1), ("clips", 2), ("population", 2), ("seed", 0), ("threads", 0), ("background", 0)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}={getattr(options, name)}: expected at least {least}")
     for name in ("out", "rows"):

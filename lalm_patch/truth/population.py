@@ -11,6 +11,7 @@ from lalm_patch.truth.circuit import HEADS, KEY_VALUE_HEADS, MOST_TEXT, Circuit,
 from lalm_patch.truth.decoder import ARCHITECTURES, PlantedLALM, plant_circuit, plant_window
 
 MOST_BACKGROUND = 0.7
+"""Largest scale of the random weights around a circuit, unless asked for otherwise."""
 FEWEST_LAYERS, MOST_LAYERS = 6, 12
 
 
@@ -39,14 +40,20 @@ class Plan:
         return plant_circuit(self.truth, self.architecture, self.background, self.seed)
 
 
-def make_population(count: int, seed: int) -> list[Plan]:
-    """Plans of `count` models: all kinds in turn, both architectures in turn within each kind."""
+def make_population(count: int, seed: int, most_background: float = MOST_BACKGROUND) -> list[Plan]:
+    """Plans of `count` models: all kinds in turn, both architectures in turn within each kind.
+
+    Args:
+        count: models.
+        seed: model number i of a seed is the same however many there are.
+        most_background: the circuits' background is drawn evenly between 0 and this.
+    """
     plans = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         kind = list(KINDS)[index % len(KINDS)]
         architecture = ARCHITECTURES[index // len(KINDS) % len(ARCHITECTURES)]
-        background = float(rng.uniform(0, MOST_BACKGROUND))
+        background = float(rng.uniform(0, most_background))
         plans.append(Plan(kind, architecture, KINDS[kind](rng), background, int(rng.integers(2**31))))
     return plans
 
