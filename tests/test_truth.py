@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -301,3 +302,14 @@ def test_the_command_writes_its_table_and_names_what_is_wrong(
     ):
         assert main([*size, wrong]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_runs_and_finds_what_it_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "truth.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, np.ndarray] = {}
+    exec(example, names)
+    planted = np.zeros((8, 12))
+    planted[2:6, 5] = planted[6:, 11] = 1
+    np.testing.assert_allclose(names["must_be"], planted, atol=1e-6)
+    np.testing.assert_allclose(names["found"], planted, atol=0.05)
