@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", type=int, default=200, help="planted models (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the population of models (default: 0)")
     parser.add_argument("--methods", help=f"some of {','.join(METHODS)} (default: all)")
-    parser.add_argument("--clips", type=int, default=24, help="clips of a run (default: 24)")
-    parser.add_argument("--population", type=int, default=48, help="clips a model's runs are drawn from (default: 48)")
+    parser.add_argument("--clips", type=int, default=20, help="clips of a run (default: 20)")
+    parser.add_argument("--population", type=int, default=32, help="clips a model's runs are drawn from (default: 32)")
     parser.add_argument(
         "--background",
         type=float,
