@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine
-from lalm_patch.grids import Grid, layer_grid, token_grid
-from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.metrics import recovery_rate
 from lalm_patch.models import Encoding
 from lalm_patch.truth import (
@@ -77,10 +78,28 @@ def rates(lalm: PlantedLALM, clip: Clip, *interventions: Intervention) -> np.nda
     return recovery_rate(cells, base[0], base[1])
 
 
+def test_the_planted_heads_come_first_and_a_distractor_is_not_among_them() -> None:
+    lalm = plant_circuit(DISTRACTED, background=0.5, seed=2)
+    measured = measure(lalm, METHODS["head"], draw_clips(8, lalm.frames, seed=7))
+    mean = measured.dataset.recovery_rate.mean("sample").transpose("layer", "head").values
+    first, second = (tuple(place) for place in np.argwhere(mean > 0.5))
+    assert [first, second] == [(move.layer, move.head) for move in SINGLE.moves]
+    unread = DISTRACTED.moves[-1]
+    assert abs(mean[unread.layer, unread.head]) < 0.05
+    found = score(measured.dataset, measured.expected(DISTRACTED))
+    assert found is not None
+    assert (found.layer, found.position, found.auroc) == (1, 1, 1)
+    assert np.isnan([found.within, found.covered, found.depth]).all()
+    moved = tuple(replace(move, head=(move.head + 1) % HEADS) for move in SINGLE.moves)
+    wrong = score(measured.dataset, measured.expected(Circuit(6, 8, moved)))
+    assert wrong is not None
+    assert wrong.position == 0
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("circuit", [DISTRACTED, TWO_PATHS, SUPPRESSED], ids=["distracted", "two paths", "suppressed"])
 def test_a_planted_decoder_computes_what_arithmetic_says(circuit: Circuit, architecture: str) -> None:
-    """Every cell of both grids, from the real decoder and worked out by hand."""
+    """Every cell of both grids at every site, from the real decoder and worked out by hand."""
     lalm = plant_circuit(circuit, architecture)
     (clip,) = draw_clips(3, lalm.frames, seed=1)[2:]
     clean, silence = pair(lalm, clip)
@@ -89,8 +108,8 @@ def test_a_planted_decoder_computes_what_arithmetic_says(circuit: Circuit, archi
     base = engine.base(clean, silence, lalm.option_ids).probabilities
     np.testing.assert_allclose(base[0], circuit.clean_probabilities(audio), atol=1e-4)
     assert base[0].argmax() == clip.label
-    for make in (layer_grid, token_grid):
-        grid = make(clean.tokens, range(circuit.layers))
+    for make, site in itertools.product((layer_grid, token_grid), Site):
+        grid = at_place(make(clean.tokens, range(circuit.layers)), Place(site, 1, circuit.layers, HEADS))
         swept = engine.sweep(clean, silence, grid, lalm.option_ids).probabilities
         np.testing.assert_allclose(swept, circuit.probabilities(audio, grid.cells), atol=1e-4)
 
@@ -161,7 +180,7 @@ def test_the_planted_position_comes_first_and_a_distractor_carries_the_class_unr
     assert (found.layer, found.position, found.within) == (1, 1, 1)
     assert found.auroc > 0.99
     clean, _ = pair(lalm, draw_clips(1, lalm.frames, seed=7)[0])
-    after = DirectEngine(lalm).layer_outputs(clean, [3])[3][0]
+    after = DirectEngine(lalm).states(clean, [(3, Site.RESID)])[3, Site.RESID][0]
     relay = list(Register.RELAY.channels)
     np.testing.assert_allclose(after[TEXT + 4, relay], after[TEXT + 2, relay], atol=0.05)
     assert after[TEXT + 4, relay].max() > 0.3  # the class is there

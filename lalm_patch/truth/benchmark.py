@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lalm_patch.interventions import Site
 from lalm_patch.progress import Progress
 from lalm_patch.truth.circuit import token_table
 from lalm_patch.truth.decoder import draw_clips
 from lalm_patch.truth.measure import measure
-from lalm_patch.truth.methods import Method
+from lalm_patch.truth.methods import METHODS, Method
 from lalm_patch.truth.population import SINGLE_PATH, Plan
 from lalm_patch.truth.scoring import Score, draw_run, score
 
@@ -144,6 +145,11 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.1e}" if name in ("engines differ", "width") else f"{value:.3f}"
 
 
+def _sought(method: str) -> str:
+    """What the column `position` is about."""
+    return "head" if method in METHODS and METHODS[method].site is Site.HEAD else "position"
+
+
 def bars(rows: Sequence[Row]) -> list[str]:
     """The claims made for tracing, each with the share that was found."""
     within, position = _of(lambda found: found.within), _of(lambda found: found.position)
@@ -157,7 +163,7 @@ def bars(rows: Sequence[Row]) -> list[str]:
             ("fusion depth within one layer of the truth", DEPTH_BAR, own, within),
             ("interval holds the population's fusion depth", COVERAGE_BAR, own, covered),
             (f"the same, intervals wider than {WIDE} layers", COVERAGE_BAR, wide, covered),
-            ("planted position first, single path", POSITION_BAR, single, position),
+            (f"planted {_sought(method)} first, single path", POSITION_BAR, single, position),
         ):
             known = [number for number in map(value, chosen) if not np.isnan(number)]
             if known:

@@ -24,7 +24,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from lalm_patch.interventions import Intervention, Site
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.metrics import recovery_rate
 from lalm_patch.models import TokenTable
 
@@ -129,15 +129,15 @@ class Circuit:
 
         Args:
             audio: the clip's class register [audio position, class]; silence has zeros.
-            interventions: patches of the residual stream; the empty intervention is the corrupted run.
+            interventions: patches of text positions; the empty intervention is the corrupted run.
         """
         clean = self._run(self._start(audio), [Intervention()], None)
         patched = self._run(self._start(np.zeros_like(audio)), interventions, clean)
-        return self._read(patched[-1])
+        return self._read(patched.after[-1])
 
     def clean_probabilities(self, audio: FloatArray) -> FloatArray:
         """P(option) of the clean run: [option]."""
-        return np.asarray(self._read(self._run(self._start(audio), [Intervention()], None)[-1])[0])
+        return np.asarray(self._read(self._run(self._start(audio), [Intervention()], None).after[-1])[0])
 
     def recovery(self, audio: FloatArray, answer: int, interventions: Sequence[Intervention]) -> FloatArray:
         """Recovery rate that each intervention must give: [intervention]."""
@@ -150,13 +150,11 @@ class Circuit:
         states[SINK_POSITIONS : SINK_POSITIONS + len(audio), Register.AUDIO] = audio
         return states
 
-    def _run(
-        self, start: FloatArray, interventions: Sequence[Intervention], clean: list[FloatArray] | None
-    ) -> list[FloatArray]:
-        """Registers after each layer: [intervention, position, register, class]."""
+    def _run(self, start: FloatArray, interventions: Sequence[Intervention], clean: _Run | None) -> _Run:
+        """Runs with patches taken from a clean one; there are no MLPs, so a patch of theirs changes nothing."""
         states = np.tile(start, (len(interventions), 1, 1, 1))
         first = len(start) - self.text
-        after = []
+        run = _Run([], {})
         for layer in range(self.layers):
             sizes = _size(states)
             seen, states = states / sizes, states.copy()
@@ -165,14 +163,19 @@ class Circuit:
                     source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
                     target = first + move.target
                     looks = _attention(sizes[:, target], sizes[:, source])
-                    states[:, target, move.writes] += move.gain * (looks * seen[:, source, move.reads]).sum(axis=1)
+                    moved = move.gain * (looks * seen[:, source, move.reads]).sum(axis=1)
+                    for row, intervention in enumerate(interventions):
+                        replaced = any(_replaces(patch, move, target) for patch in intervention.at(layer))
+                        if replaced and clean is not None:
+                            moved[row] = clean.moved[move][0]
+                    run.moved[move] = moved
+                    states[:, target, move.writes] += moved
             for row, intervention in enumerate(interventions):
                 for patch in intervention.at(layer):
-                    if patch.site is not Site.RESID or clean is None:
-                        raise ValueError(f"what {patch} gives is not worked out; extend Circuit._run")
-                    states[row, list(patch.positions)] = clean[layer][0, list(patch.positions)]
-            after.append(states)
-        return after
+                    if patch.site is Site.RESID and clean is not None:
+                        states[row, list(patch.positions)] = clean.after[layer][0, list(patch.positions)]
+            run.after.append(states)
+        return run
 
     def _read(self, states: FloatArray) -> FloatArray:
         """P(option) over the whole vocabulary [intervention, option], from the registers after the last layer."""
@@ -229,6 +232,20 @@ def token_table(text: int) -> TokenTable:
     roles = ["pre"] * SINK_POSITIONS + ["audio"] * AUDIO_POSITIONS + after
     texts = ["<s>"] * SINK_POSITIONS + ["<audio>"] * AUDIO_POSITIONS + [f" t{index}" for index in range(text)]
     return TokenTable(tuple(ids), tuple(texts), tuple(roles))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Registers after each layer [intervention, position, register, class]; what heads moved [intervention, class]."""
+
+    after: list[FloatArray]
+    moved: dict[Move, FloatArray]
+
+
+def _replaces(patch: Patch, move: Move, target: int) -> bool:
+    """Whether a patch puts another run's output of this head in its place."""
+    mine = patch.site is Site.ATTN or (patch.site is Site.HEAD and patch.head == move.head)
+    return mine and target in patch.positions
 
 
 def _size(states: FloatArray) -> FloatArray:

@@ -91,9 +91,10 @@ def measure(
             progress(len(grid.cells))
         records.append(SampleRecord(f"clip{index}", arrays, _meta(clean, answer, reason, lalm.frames, index)))
     settings = {"model": {"name": name}, "attr": {"name": "class"}, "granularity": {"name": method.name}, "seed": 0}
+    settings["site"] = {"name": str(method.site)}
     attributes = {"model_layers": lalm.num_layers, "settings": json.dumps(settings), "model_id": lalm.id}
     options = [str(option) for option in range(len(lalm.option_ids))]
-    dataset = build_dataset(records, options, grid.dims, range(lalm.num_layers), attributes)
+    dataset = build_dataset(records, options, grid.dims, grid.coords, attributes)
     return Measured(dataset, grid, audio, answers, spot_check)
 
 

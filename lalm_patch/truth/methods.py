@@ -8,8 +8,10 @@ from typing import Protocol
 
 from lalm_patch.engine import Progress, Readout, ReplayEngine
 from lalm_patch.errors import ConfigError
-from lalm_patch.grids import GRANULARITIES, Grid
+from lalm_patch.grids import GRANULARITIES, Grid, Place, at_place
+from lalm_patch.interventions import Site
 from lalm_patch.models import LALM, Encoding, TokenTable
+from lalm_patch.truth.circuit import HEADS
 
 
 class Sweeper(Protocol):
@@ -32,12 +34,14 @@ class Method:
         name: as it is called on the command line.
         grid: what is patched; the first dimension is `layer`.
         engine: what carries it out on a model.
+        site: where in a layer the grid patches.
         exact: whether the cells are those of the direct engine up to rounding; then some are computed again with it.
     """
 
     name: str
     grid: Callable[[TokenTable, Sequence[int]], Grid]
     engine: Callable[[LALM], Sweeper] = ReplayEngine
+    site: Site = Site.RESID
     exact: bool = True
 
 
@@ -67,5 +71,11 @@ def chosen_methods(names: Sequence[str]) -> list[Method]:
     return [METHODS[name] for name in names] if names else list(METHODS.values())
 
 
+def head_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """Single heads of a planted model, all text positions at once, for each (layer, head)."""
+    return at_place(GRANULARITIES["layer"](tokens, layers), Place(Site.HEAD, 1, len(layers), HEADS))
+
+
 register(Method("layer", GRANULARITIES["layer"]))
 register(Method("token", GRANULARITIES["token"]))
+register(Method("head", head_grid, site=Site.HEAD))

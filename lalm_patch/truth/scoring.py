@@ -30,9 +30,10 @@ class Score:
         auroc: probability that a planted cell's mean recovery is larger (in size) than an empty cell's.
         layer: whether the largest cell (before the last token) is a planted one; of a layer-wise run, whether the
             steepest rise is in a planted layer.
-        position: whether the position of the largest cell before the last token is a planted one.
+        position: whether the position of the largest cell before the last token is a planted one; of single heads,
+            whether the head of the largest cell is.
         depth: estimated fusion depth in layers.
-        depth_error: distance of the estimate from the planted layers.
+        depth_error: distance of the estimate from the planted layers; infinite for an estimate that does not exist.
         covered: whether the interval holds the depth of the whole population of clips.
         width: of that interval, in layers.
         largest: largest mean recovery of any cell.
@@ -52,8 +53,8 @@ class Score:
 
     @property
     def within(self) -> float:
-        """Whether the depth is within one layer of the truth; an estimate that does not exist is not."""
-        return float(self.depth_error <= WITHIN)
+        """Whether the depth is within one layer of the truth; NaN where there is none to be estimated."""
+        return self.depth_error if np.isnan(self.depth_error) else float(self.depth_error <= WITHIN)
 
 
 def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None = None) -> Score | None:
@@ -71,6 +72,8 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
     mean = recovery["mean"].transpose("layer", ...).values
     if not np.isfinite(mean).all():
         return None
+    if "head" in recovery.dims:
+        return _score_heads(run, mean, expected)
     token_wise = "token" in recovery.dims
     truth = expected[:, -1] if token_wise else expected
     low, high = planted_depth(truth)
@@ -88,12 +91,22 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
         layer=layer,
         position=position,
         depth=depth.value,
-        depth_error=max(low - depth.value, depth.value - high, 0.0),
+        depth_error=np.inf if np.isnan(depth.value) else max(low - depth.value, depth.value - high, 0.0),
         covered=covered,
         width=depth.high - depth.low,
         largest=float(mean.max()),
         paths=paths,
     )
+
+
+def _score_heads(run: xr.Dataset, mean: FloatArray, expected: FloatArray) -> Score:
+    """Single heads have no curve that rises to 1: what is asked is where the largest cell is."""
+    layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
+    planted = np.abs(expected) >= CARRIES
+    found = (float(planted[layer].any()), float(planted[layer, head])) if planted.any() else (np.nan, np.nan)
+    unasked = dict.fromkeys(("depth", "depth_error", "covered", "width"), np.nan)
+    ranking = auroc(np.abs(mean), expected)
+    return Score(int(run.kept.sum()), ranking, *found, **unasked, largest=float(mean.max()), paths=())
 
 
 def auroc(values: FloatArray, expected: FloatArray) -> float:
