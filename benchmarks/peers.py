@@ -135,7 +135,7 @@ def plain_hooks(lalm: RandomLALM, clean: Encoding, corrupted: Encoding, patches:
 
     def write(patch: Patch, _module: object, _inputs: object, output: Tensor) -> Tensor:
         where = list(patch.positions)
-        output[:, where] = source[patch.layer, patch.site][:, where]
+        output[:, where] = source[patch.layer][:, where]
         return output
 
     handles = [

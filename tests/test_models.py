@@ -18,6 +18,7 @@ from tiny_models import save_tiny_qwen2_audio
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ConfigError, ModelError
+from lalm_patch.interventions import Site
 from lalm_patch.models import LALM, TokenTable, checkpoint
 from lalm_patch.models import family as family_module
 from lalm_patch.models.checkpoint import find_repository
@@ -164,9 +165,9 @@ def test_replay_that_gives_other_numbers_is_not_used(
     pair, ids = make_pair(lalm, prompt, "chat"), lalm.target_ids(prompt, "chat")
     whole_run = ReplayEngine._whole_run
 
-    def disturbed(self: ReplayEngine, encoding: object, keep_keys: bool) -> object:
-        states, logits, prefix = whole_run(self, encoding, keep_keys)  # type: ignore[arg-type]
-        return [state * 1.5 for state in states], logits, prefix
+    def disturbed(self: ReplayEngine, encoding: object, sites: set[Site], keep_keys: bool) -> object:
+        states, logits, prefix = whole_run(self, encoding, sites, keep_keys)  # type: ignore[arg-type]
+        return {site: [state * 1.5 for state in found] for site, found in states.items()}, logits, prefix
 
     monkeypatch.setattr(ReplayEngine, "_whole_run", disturbed)
     engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-9)

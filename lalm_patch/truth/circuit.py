@@ -1,0 +1,261 @@
+"""Circuits as data, and what they compute in exact arithmetic: the truth that a tracer is scored against.
+
+A circuit is a list of attention heads, each of which moves the audio's class from one place to another. This module
+says which channels of the residual stream hold what, and works out by hand what every intervention must give. It
+knows no torch: `lalm_patch.truth.decoder` writes the same circuit into a real decoder.
+
+Channels of the residual stream (`HIDDEN` of them):
+
+    ballast     a constant at every position. It makes up nearly all of a state's norm, so that RMSNorm divides every
+                state by nearly the same number, and what one head writes does not scale what the others read.
+    tags        one channel for each kind of position: the sink before the audio, the audio, and each text token. A head
+                finds its source and its target by them.
+    registers   three places for a class of `CLASSES` options: as it comes from the audio, as a text position relays it,
+                and as the answer that the output head reads. A head reads one register and adds to another.
+    free        the rest; random background weights write there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.metrics import recovery_rate
+from lalm_patch.models import TokenTable
+
+FloatArray = NDArray[np.float64]
+
+HIDDEN, HEADS, KEY_VALUE_HEADS = 64, 4, 2
+CLASSES = 4
+SINK_POSITIONS, AUDIO_POSITIONS, MOST_TEXT = 2, 6, 16
+BALLAST, SINK_TAG, AUDIO_TAG, TEXT_TAG = 0, 1, 2, 3
+REGISTERS = TEXT_TAG + MOST_TEXT
+FREE = REGISTERS + 3 * CLASSES
+BALLAST_VALUE = 8.0
+"""The square root of `HIDDEN`: a state's root mean square is then about 1."""
+
+SHARPNESS = 30.0
+"""By how much a planted head's attention score for its source exceeds that of the sink, and the sink's all others."""
+
+PAD_ID, SINK_ID, AUDIO_ID, OTHER_ID = range(4)
+OPTION_IDS = tuple(range(4, 4 + CLASSES))
+TEXT_ID = OPTION_IDS[-1] + 1
+VOCABULARY = 64
+OTHER_LOGIT = 1.5
+"""Logit of the token that wins where the model hears nothing; all but it and the options have logit 0."""
+
+
+class Register(IntEnum):
+    """Where in a state the class stands."""
+
+    AUDIO = 0
+    RELAY = 1
+    ANSWER = 2
+
+    @property
+    def channels(self) -> range:
+        """Its channels of the residual stream."""
+        start = REGISTERS + self * CLASSES
+        return range(start, start + CLASSES)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One attention head that moves the class.
+
+    Attributes:
+        layer: decoder layer.
+        head: query head.
+        source: text position the head looks at, counted from the first after the audio; None: all audio positions.
+        target: text position that looks, and gets the class.
+        reads: register read at the source.
+        writes: register of the target to which it is added.
+        gain: factor of what is added; negative suppresses.
+    """
+
+    layer: int
+    head: int
+    source: int | None
+    target: int
+    reads: Register
+    writes: Register
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.source > self.target:
+            raise ValueError(f"causal attention: text position {self.target} cannot look at {self.source} after it")
+        if not 0 <= self.head < HEADS:
+            raise ValueError(f"expected a head from 0 to {HEADS - 1}, got {self.head}")
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """All heads that move the class, and how strongly the answer is read.
+
+    Attributes:
+        layers: decoder layers.
+        text: text positions after the audio; the last one is where the answer is read.
+        moves: the heads.
+        answer_gain: logit per unit of the answer register.
+    """
+
+    layers: int
+    text: int
+    moves: tuple[Move, ...]
+    answer_gain: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.text <= MOST_TEXT:
+            raise ValueError(f"expected 2 to {MOST_TEXT} text positions, got {self.text}")
+        for move in self.moves:
+            if not 0 <= move.layer < self.layers or not 0 <= move.target < self.text:
+                raise ValueError(f"{move} lies outside of {self.layers} layers and {self.text} text positions")
+        shared = [(move.layer, move.head * KEY_VALUE_HEADS // HEADS) for move in self.moves]
+        if len(set(shared)) < len(shared):
+            raise ValueError("two heads of a layer share their keys and values: give them other heads or layers")
+
+    @property
+    def last(self) -> int:
+        """The text position at which the answer is read."""
+        return self.text - 1
+
+    def probabilities(self, audio: FloatArray, interventions: Sequence[Intervention]) -> FloatArray:
+        """P(option) of patched runs, in exact arithmetic and without background: [intervention, option].
+
+        Args:
+            audio: the clip's class register [audio position, class]; silence has zeros.
+            interventions: patches of text positions; the empty intervention is the corrupted run.
+        """
+        clean = self._run(self._start(audio), [Intervention()], None)
+        patched = self._run(self._start(np.zeros_like(audio)), interventions, clean)
+        return self._read(patched.after[-1])
+
+    def clean_probabilities(self, audio: FloatArray) -> FloatArray:
+        """P(option) of the clean run: [option]."""
+        return np.asarray(self._read(self._run(self._start(audio), [Intervention()], None).after[-1])[0])
+
+    def recovery(self, audio: FloatArray, answer: int, interventions: Sequence[Intervention]) -> FloatArray:
+        """Recovery rate that each intervention must give: [intervention]."""
+        patched = self.probabilities(audio, (*interventions, Intervention()))[:, answer]
+        return np.asarray(recovery_rate(patched[:-1], self.clean_probabilities(audio)[answer], patched[-1]))
+
+    def _start(self, audio: FloatArray) -> FloatArray:
+        """Registers of all positions before the first layer: [position, register, class]."""
+        states = np.zeros((SINK_POSITIONS + len(audio) + self.text, len(Register), CLASSES))
+        states[SINK_POSITIONS : SINK_POSITIONS + len(audio), Register.AUDIO] = audio
+        return states
+
+    def _run(self, start: FloatArray, interventions: Sequence[Intervention], clean: _Run | None) -> _Run:
+        """Runs with patches taken from a clean one; there are no MLPs, so a patch of theirs changes nothing."""
+        states = np.tile(start, (len(interventions), 1, 1, 1))
+        first = len(start) - self.text
+        run = _Run([], {})
+        for layer in range(self.layers):
+            sizes = _size(states)
+            seen, states = states / sizes, states.copy()
+            for move in self.moves:
+                if move.layer == layer:
+                    source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
+                    target = first + move.target
+                    looks = _attention(sizes[:, target], sizes[:, source])
+                    moved = move.gain * (looks * seen[:, source, move.reads]).sum(axis=1)
+                    for row, intervention in enumerate(interventions):
+                        replaced = any(_replaces(patch, move, target) for patch in intervention.at(layer))
+                        if replaced and clean is not None:
+                            moved[row] = clean.moved[move][0]
+                    run.moved[move] = moved
+                    states[:, target, move.writes] += moved
+            for row, intervention in enumerate(interventions):
+                for patch in intervention.at(layer):
+                    if patch.site is Site.RESID and clean is not None:
+                        states[row, list(patch.positions)] = clean.after[layer][0, list(patch.positions)]
+            run.after.append(states)
+        return run
+
+    def _read(self, states: FloatArray) -> FloatArray:
+        """P(option) over the whole vocabulary [intervention, option], from the registers after the last layer."""
+        last = states[:, -1:]
+        size = _size(last)
+        logits = self.answer_gain * (last / size)[:, 0, Register.ANSWER]
+        others = np.exp(OTHER_LOGIT / size.ravel()) + VOCABULARY - CLASSES - 1
+        weights = np.exp(logits)
+        return np.asarray(weights / (weights.sum(axis=1) + others)[:, None])
+
+
+@dataclass(frozen=True)
+class Window:
+    """A model of random weights in which nothing can move between positions outside the layers [first, end).
+
+    Attributes:
+        layers: decoder layers.
+        text: text positions after the audio.
+        first, end: the window.
+    """
+
+    layers: int
+    text: int
+    first: int
+    end: int
+
+    def recovery(self, interventions: Sequence[Intervention]) -> FloatArray:
+        """Recovery rate that each intervention must give: [intervention]; NaN where the weights decide.
+
+        A state after the audio knows nothing of it before the window, and afterwards only its own position reads it.
+        """
+        last = SINK_POSITIONS + AUDIO_POSITIONS + self.text - 1
+        return np.array([self._recovery(each, last) for each in interventions])
+
+    def _recovery(self, intervention: Intervention, last: int) -> float:
+        layers = [patch.layer for patch in intervention.patches]
+        if any(patch.site is not Site.RESID for patch in intervention.patches):
+            return np.nan
+        if all(layer < self.first for layer in layers):
+            return 0.0
+        if all(layer >= self.end - 1 for layer in layers):
+            return float(any(last in patch.positions for patch in intervention.patches))
+        return np.nan
+
+
+Truth = Circuit | Window
+
+
+def token_table(text: int) -> TokenTable:
+    """The prompt of a planted model: sink, audio, and text tokens that all differ and have the usual roles."""
+    ids = [SINK_ID] * SINK_POSITIONS + [AUDIO_ID] * AUDIO_POSITIONS + list(range(TEXT_ID, TEXT_ID + text))
+    early, listed = text // 3, (text - text // 3) // 2
+    after = ["early"] * early + ["object"] * listed + ["late"] * (text - early - listed - 1) + ["last"]
+    roles = ["pre"] * SINK_POSITIONS + ["audio"] * AUDIO_POSITIONS + after
+    texts = ["<s>"] * SINK_POSITIONS + ["<audio>"] * AUDIO_POSITIONS + [f" t{index}" for index in range(text)]
+    return TokenTable(tuple(ids), tuple(texts), tuple(roles))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Registers after each layer [intervention, position, register, class]; what heads moved [intervention, class]."""
+
+    after: list[FloatArray]
+    moved: dict[Move, FloatArray]
+
+
+def _replaces(patch: Patch, move: Move, target: int) -> bool:
+    """Whether a patch puts another run's output of this head in its place."""
+    mine = patch.site is Site.ATTN or (patch.site is Site.HEAD and patch.head == move.head)
+    return mine and target in patch.positions
+
+
+def _size(states: FloatArray) -> FloatArray:
+    """Root mean square of states [..., register, class], as RMSNorm takes it; ballast and tag count."""
+    square = BALLAST_VALUE**2 + 1 + (states**2).sum(axis=(-2, -1), keepdims=True)
+    return np.asarray(np.sqrt(square / HIDDEN))
+
+
+def _attention(target: FloatArray, sources: FloatArray) -> FloatArray:
+    """Weights of the sources [..., source, 1], from the states' sizes: a larger state's tag is smaller once normed."""
+    scores = 2 * SHARPNESS / (target[:, None] * sources)[..., 0]
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))

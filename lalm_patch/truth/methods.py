@@ -1,0 +1,81 @@
+"""What is scored: every way of tracing there is, by name. A new one takes one `register`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lalm_patch.engine import Progress, Readout, ReplayEngine
+from lalm_patch.errors import ConfigError
+from lalm_patch.grids import GRANULARITIES, Grid, Place, at_place
+from lalm_patch.interventions import Site
+from lalm_patch.models import LALM, Encoding, TokenTable
+from lalm_patch.truth.circuit import HEADS
+
+
+class Sweeper(Protocol):
+    """What carries out a grid: an engine, or an approximation of one."""
+
+    def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
+        """The clean and the corrupted run: rows 0 and 1."""
+
+    def sweep(
+        self, clean: Encoding, corrupted: Encoding, grid: Grid, option_ids: Sequence[int], progress: Progress
+    ) -> Readout:
+        """One row per cell of the grid."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of tracing.
+
+    Attributes:
+        name: as it is called on the command line.
+        grid: what is patched; the first dimension is `layer`.
+        engine: what carries it out on a model.
+        site: where in a layer the grid patches.
+        exact: whether the cells are those of the direct engine up to rounding; then some are computed again with it.
+    """
+
+    name: str
+    grid: Callable[[TokenTable, Sequence[int]], Grid]
+    engine: Callable[[LALM], Sweeper] = ReplayEngine
+    site: Site = Site.RESID
+    exact: bool = True
+
+
+METHODS: dict[str, Method] = {}
+"""The registered methods by name."""
+
+
+def register(method: Method) -> None:
+    """Have a method scored.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if method.name in METHODS:
+        raise ValueError(f"a method named {method.name!r} is registered already")
+    METHODS[method.name] = method
+
+
+def chosen_methods(names: Sequence[str]) -> list[Method]:
+    """Methods by name; all of them for no name.
+
+    Raises:
+        ConfigError: no such method; the message lists them.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ConfigError(f"no method {', '.join(unknown)}: expected some of {', '.join(METHODS)}")
+    return [METHODS[name] for name in names] if names else list(METHODS.values())
+
+
+def head_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """Single heads of a planted model, all text positions at once, for each (layer, head)."""
+    return at_place(GRANULARITIES["layer"](tokens, layers), Place(Site.HEAD, 1, len(layers), HEADS))
+
+
+register(Method("layer", GRANULARITIES["layer"]))
+register(Method("token", GRANULARITIES["token"]))
+register(Method("head", head_grid, site=Site.HEAD))
