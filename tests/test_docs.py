@@ -1,9 +1,11 @@
-"""docs/extending.md and docs/results.md: the examples are run as they stand."""
+"""The examples of README and docs: run as they stand where that takes seconds; every run command at least composes."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import xarray as xr
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import open_dict
 
 import lalm_patch
+from lalm_patch.config import config_folder, register, to_settings
 from lalm_patch.stimuli import SAMPLING_RATE
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -88,3 +94,40 @@ def test_other_metrics(folder: Path, tmp_path: Path) -> None:
     (code,) = blocks("results.md", "python")
     (tmp_path / "page.py").write_text(code + "print(float(margin.isel(layer=-1).min()))", encoding="utf-8")
     assert float(run(tmp_path, "page.py")) > 0  # what counts is answered right when all comes back
+
+
+def run_commands() -> list[str]:
+    """The lines that start runs in code blocks of README and docs, and in the header of every experiment."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))]
+    texts += [path.read_text(encoding="utf-8") for path in sorted((config_folder() / "experiment").glob("*.yaml"))]
+    lines = itertools.chain.from_iterable(text.replace("\\\n", " ").splitlines() for text in texts)
+    found = [line.removeprefix("# ") for line in lines if line.removeprefix("# ").startswith("python -m lalm_patch ")]
+    return list(dict.fromkeys(line.partition("#")[0].partition(";")[0].strip() for line in found))
+
+
+@pytest.mark.parametrize("command", run_commands())
+def test_every_run_command_of_the_docs_composes(command: str) -> None:
+    words = shlex.split(command)[3:]
+    if "--config-dir" in words:
+        return  # of docs/extending.md: run above
+    overrides = [word for word in words if word != "-m"]
+    swept = [word for word in overrides if "," in word and not word.startswith("hydra")]
+    if "-m" not in words:
+        assert not swept
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for values in itertools.product(*(word.partition("=")[2].split(",") for word in swept)):
+            fixed = [word for word in overrides if word not in swept]
+            one = [f"{word.partition('=')[0]}={value}" for word, value in zip(swept, values, strict=True)]
+            config = hydra_compose("config", overrides=[*fixed, *one], return_hydra_config=True)
+            with open_dict(config):
+                config.pop("hydra")
+            assert to_settings(config).run_name
+
+
+def test_collected_runs(tmp_path: Path) -> None:
+    run(tmp_path, "-m", "lalm_patch", "-m", "attr=emotion,gender", "data.limit=2", "granularity.layers=[0,7]")
+    run(tmp_path, "-m", "lalm_patch.collect", "outputs")
+    (code,) = blocks("clusters.md", "python")
+    (tmp_path / "page.py").write_text(code, encoding="utf-8")
+    assert "recovery_rate" in run(tmp_path, "page.py")
