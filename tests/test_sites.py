@@ -15,10 +15,12 @@ from benchmarks.simulation import Planted, simulate
 from lalm_patch.analysis import about, check_claims, fusion
 from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
+from lalm_patch.engine.choose import site_adds_up
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.grids import Grid, Place, make_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
+from lalm_patch.models.proof import make_pair
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
@@ -157,6 +159,34 @@ def test_a_window_to_the_top_with_all_sites_restores_the_clean_run(lalm: LALM, p
     np.testing.assert_allclose(row, base[0], atol=TOLERANCE)
 
 
+def test_denoising_some_positions_is_noising_all_others(lalm: LALM, prompt: Prompt) -> None:
+    """After a layer, some positions' states are one run's and all others the other's: one state, two descriptions."""
+    clean, corrupted = encodings(lalm, prompt)
+    ids = likely_tokens(lalm, clean, corrupted)
+    everywhere = range(len(clean.tokens))
+    for layer, some in ((0, everywhere[-4:]), (1, everywhere[3:-2])):
+        others = tuple(position for position in everywhere if position not in some)
+        here, there = Intervention([Patch(layer, tuple(some))]), Intervention([Patch(layer, others)])
+        denoised = DirectEngine(lalm).cells(clean, corrupted, [here], ids).probabilities
+        noised = DirectEngine(lalm).cells(corrupted, clean, [there], ids).probabilities
+        np.testing.assert_allclose(denoised, noised, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("site", [Site.ATTN, Site.MLP, Site.HEAD])
+def test_layers_that_add_something_else_fail_the_check_of_sites(lalm: LALM, prompt: Prompt, site: Site) -> None:
+    pair = make_pair(lalm, prompt, "chat")
+    ids = likely_tokens(lalm, pair.noise, pair.silence)
+    assert site_adds_up(lalm, pair, ids, TOLERANCE, site).passed
+
+    def neighbours(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.3 * output.mean(1, keepdim=True)
+
+    handle = lalm.decoder_module.layers[1].register_forward_hook(neighbours)
+    found = site_adds_up(lalm, pair, ids, TOLERANCE, site)
+    handle.remove()
+    assert not found.passed
+
+
 def test_a_decoder_without_the_site_is_refused(lalm: LALM, prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     clean, corrupted = encodings(lalm, prompt)
     layer = lalm.decoder_module.layers[1]
@@ -191,7 +221,9 @@ def test_every_combination_runs_or_is_refused_before_the_run(
     assert dataset is not None
     info = about(dataset)
     assert (info.site, info.direction, info.window) == (site, direction, window)
-    assert all(check.passed for check in from_json(dataset.attrs["checks"]))
+    checks = {check.name: check for check in from_json(dataset.attrs["checks"])}
+    assert all(check.passed for check in checks.values())
+    assert ("site_adds_up" in checks) == (site != "resid")
     kept = dataset.isel(sample=np.flatnonzero(dataset["kept"]))
     assert kept.sizes["sample"]
     rates = kept["recovery_rate"].transpose("sample", "layer", ...)

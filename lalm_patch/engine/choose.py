@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.settings import EngineSettings
 
@@ -68,7 +70,27 @@ def choose_engine(
     """
     check_sites(lalm, [place.site])
     engine, checks = _choose(lalm, settings, pair, option_ids, tolerance, place)
+    if place.site is not Site.RESID:
+        checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
     return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
+
+
+def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], tolerance: float, site: Site) -> Check:
+    """Whether attention and MLP are all that layers add to the residual stream.
+
+    Both runs end with the same token. Where what attention (or all its heads) and the MLP give at that position is the
+    noise's in every layer, its residual stream is the noise's, and so are the probabilities.
+    """
+    last = (len(pair.silence.tokens) - 1,)
+    heads: Iterable[int | None] = range(lalm.num_heads) if site is Site.HEAD else (None,)
+    attention = [(Site.HEAD if site is Site.HEAD else Site.ATTN, head) for head in heads]
+    everything = Intervention(
+        Patch(layer, last, *part) for layer in range(lalm.num_layers) for part in (*attention, (Site.MLP, None))
+    )
+    engine = DirectEngine(lalm)
+    (restored,) = engine.cells(pair.noise, pair.silence, [everything], ids).probabilities
+    expected = engine.base(pair.noise, pair.silence, ids).probabilities[0]
+    return Check.at_most("site_adds_up", float(np.abs(restored - expected).max()), tolerance)
 
 
 def noise_floor(
