@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import token_grid
-from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.grids import Place, token_grid
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models import generic as generic_module
 from lalm_patch.models.generic import ARCHITECTURES, REFUSED
@@ -117,6 +117,16 @@ def test_automatic_engine_is_replay(generic: LALM, prompt: Prompt) -> None:
     engine, checks = choose_engine(generic, EngineSettings("auto"), pair, ids, TOLERANCE)
     assert isinstance(engine, ReplayEngine)
     assert checks[0].passed
+
+
+@pytest.mark.parametrize("site", [Site.ATTN, Site.MLP, Site.HEAD])
+def test_sites_inside_a_layer_prove_themselves(generic: LALM, prompt: Prompt, site: Site) -> None:
+    pair, ids = make_pair(generic, prompt, "chat"), generic.target_ids(prompt, "chat")
+    place = Place(site, 1, generic.num_layers, generic.num_heads)
+    _, checks = choose_engine(generic, EngineSettings("replay"), pair, ids, TOLERANCE, place)
+    assert {check.name: check.passed for check in checks} == dict.fromkeys(
+        ("replay_at_load", "site_adds_up", "noise_floor"), True
+    )
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

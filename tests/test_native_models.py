@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from test_engines import encodings, likely_tokens
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.engine.choose import replay_obstacle
+from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import token_grid
+from lalm_patch.grids import Place, token_grid
+from lalm_patch.interventions import Site
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.proof import make_pair, prove
-from lalm_patch.settings import ModelSettings
+from lalm_patch.settings import EngineSettings, ModelSettings
 from lalm_patch.stimuli import Prompt, silence
 
 FAMILIES = ("desta2", "desta25", "qwen_audio")
@@ -106,6 +107,17 @@ def test_replay_is_direct(native: LALM, asked: Prompt) -> None:
     np.testing.assert_allclose(by_layer[-1, -1], base.probabilities[0], rtol=0, atol=TOLERANCE)
     others = np.broadcast_to(base.probabilities[1], by_layer[-1, :-1].shape)
     np.testing.assert_allclose(by_layer[-1, :-1], others, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("site", [Site.ATTN, Site.MLP, Site.HEAD])
+def test_sites_inside_a_layer_prove_themselves(native: LALM, prompt: Prompt, site: Site) -> None:
+    layout = native.family.layouts[0]
+    pair, ids = make_pair(native, prompt, layout), native.target_ids(prompt, layout)
+    place = Place(site, 1, native.num_layers, native.num_heads)
+    _, checks = choose_engine(native, EngineSettings("replay"), pair, ids, TOLERANCE, place)
+    assert {check.name: check.passed for check in checks} == dict.fromkeys(
+        ("replay_at_load", "site_adds_up", "noise_floor"), True
+    )
 
 
 def test_target_tokens_follow_the_phrase(native: LALM, prompt: Prompt) -> None:
