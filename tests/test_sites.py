@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -286,6 +288,12 @@ def test_other_sites_are_kept_from_what_is_said_of_the_papers_method() -> None:
 def test_the_report_shows_all_of_them(tmp_path: Path) -> None:
     for overrides in (("site=head",), ("site=attn", "direction=noising", "granularity=token"), ("site.window=2",)):
         lalm_patch.trace(*SETTINGS, *overrides, f"outputs={tmp_path}")
+    lalm_patch.trace(*SETTINGS, "direction=noising", f"outputs={tmp_path}")
     page = make_report(tmp_path, audio=False).read_text()
+    rates = {row["rate"] for row in csv.DictReader(io.StringIO((tmp_path / "figures/figure2.csv").read_text()))}
+    assert rates == {"recovery rate", "share lost"}
+    assert "Causal tracing: 4 runs, 1 model, 1 attribute<" in page
+    assert "<td>token, attn, noising</td>" in page
+    assert "<td>head</td>" in page
     for text in ("head 3", "demo, gender, attn, noising", "demo, gender, windows of 2 layers", "layer 6, head"):
         assert text in page

@@ -51,7 +51,7 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
             numbers = {key: float(recovery[key][index]) for key in ("mean", "low", "high")}
             counts = {key: int(recovery[key][index]) for key in ("n", "groups")}
             place = {"layer": int(layer), "depth": int(layer) / max(info.layers - 1, 1)}
-            which = {"attribute": info.attribute, "model": info.model, "variant": variant}
+            which = {"attribute": info.attribute, "model": info.model, "variant": variant, "rate": info.measure}
             rows.append({**which, **place, **numbers, **counts})
     if not rows:
         raise ValueError("Figure 2 needs at least one layer-wise run (granularity=layer)")
@@ -75,7 +75,8 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
-        axis.set_ylabel("recovery rate")
+        rates = {row["rate"] for row in rows if row["attribute"] == attribute}
+        axis.set_ylabel(rates.pop() if len(rates) == 1 else "share of the gap moved")
         _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
     _same_scale(axes, rows)
     return figure

@@ -30,6 +30,7 @@ from lalm_patch.analysis import (
     ratio_of_means,
     relevant,
     run_settings,
+    variants,
     why_none_counts,
     with_metric,
 )
@@ -99,7 +100,7 @@ def make_report(
         raise storage_error(error, figures, "making the folder of figures") from error
     text = _template().render(
         title=_title(runs),
-        runs=[_run(run) for run in finished],
+        runs=[_run(run) | {"variant": variant} for run, variant in zip(finished, variants(runs), strict=True)],
         unfinished=[str(run.status.folder) for run in unfinished],
         findings=relevant(check_claims(runs)),
         comparisons=compare(runs),
@@ -135,7 +136,8 @@ def _title(runs: Sequence[xr.Dataset]) -> str:
         return str(runs[0].attrs.get("title", "Causal tracing"))
     models = {about(run).model for run in runs}
     attributes = {about(run).attribute for run in runs}
-    return f"Causal tracing: {len(runs)} runs, {len(models)} models, {len(attributes)} attributes"
+    counts = ((len(runs), "run"), (len(models), "model"), (len(attributes), "attribute"))
+    return "Causal tracing: " + ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts)
 
 
 def _run(found: CollectedRun) -> dict[str, Any]:
