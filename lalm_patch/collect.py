@@ -20,7 +20,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ class CollectedRun:
     identity: Mapping[str, str] | None = None
     recovery: xr.Dataset | None = None
     peak: Peak | None = None
+
+    def showing(self, dataset: xr.Dataset) -> CollectedRun:
+        """This run with a dataset, and what follows from it."""
+        recovery = mean_recovery(dataset, seed=about(dataset).seed)
+        return replace(self, dataset=dataset, recovery=recovery, peak=peak_layer(dataset, recovery))
 
     def place(self, by: Sequence[str] = ()) -> tuple[str, ...]:
         """Model, attribute and granularity by their names, then the values of further settings as text."""
@@ -120,9 +125,7 @@ def _read(folder: Path) -> CollectedRun:
         dataset = open_result(folder)
     except StoreError as error:
         return CollectedRun(RunStatus(folder, State.DAMAGED, note=str(error)))
-    identity = json.loads(dataset.attrs["run_identity"])
-    recovery = mean_recovery(dataset, seed=about(dataset).seed)
-    return CollectedRun(found, dataset, identity, recovery, peak_layer(dataset, recovery))
+    return CollectedRun(found, identity=json.loads(dataset.attrs["run_identity"])).showing(dataset)
 
 
 def _matching(runs: Sequence[CollectedRun], where: Sequence[str]) -> list[CollectedRun]:

@@ -45,6 +45,17 @@ def recovery_rate(patched: FloatArray, clean: float | FloatArray, corrupted: flo
     return np.asarray(np.divide(gained, gap, out=undefined, where=gap != 0))
 
 
+def share_moved(
+    patched: FloatArray, clean: float | FloatArray, corrupted: float | FloatArray, direction: str
+) -> FloatArray:
+    """The recovery rate of a denoising run; of a noising one the share of the gap that is lost.
+
+    Both are the recovery rate from the run that is patched to the run that the states are taken from.
+    """
+    source, target = (corrupted, clean) if direction == "noising" else (clean, corrupted)
+    return recovery_rate(patched, source, target)
+
+
 def predictions(readout: Readout, option_ids: tuple[int, ...], correct: str) -> list[int]:
     """Index of the predicted option per run; -1 where `correct` is `vocabulary` and another token is on top."""
     if correct == "options":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.metrics import Exclusion, recovery_rate
+from lalm_patch.metrics import Exclusion, share_moved
 from lalm_patch.netcdf import clean_text
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
@@ -66,9 +66,9 @@ def build_dataset(
     p_patched = np.exp(np.take_along_axis(logits, answers.reshape(-1, *[1] * (len(shape) + 1)), -1)[..., 0] - sums)
     gap_shape = (n_samples, *[1] * len(shape))
     clean, corrupted = (p_base[:, column].reshape(gap_shape) for column in (0, 1))
-    noising = attributes.get("direction") == "noising"
-    rate = recovery_rate(p_patched, corrupted, clean) if noising else recovery_rate(p_patched, clean, corrupted)
-    rate_name = "share of the gap that is lost (noising)" if noising else "recovery rate"
+    direction = str(attributes.get("direction", "denoising"))
+    rate = share_moved(p_patched, clean, corrupted, direction)
+    rate_name = "share of the gap that is lost (noising)" if direction == "noising" else "recovery rate"
 
     cell_dims = ("sample", *dims)
     missing = _MISSING_TOKEN if "token" in dims else _MISSING_CELL

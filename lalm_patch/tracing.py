@@ -197,21 +197,8 @@ class Tracer:
     def _meta(
         self, record: Record, samples: int, tokens: TokenTable, prompt: Prompt, reason: Exclusion
     ) -> dict[str, Any]:
-        text = tokens.text_positions
-        return {
-            "label": record.label,
-            "group": record.group,
-            "exclusion": str(reason),
-            "detail": "",
-            "samples": samples,
-            "positions": len(tokens),
-            "audio_positions": len(tokens.audio_positions),
-            "first_text_position": text[0],
-            "token_ids": [tokens.ids[i] for i in text],
-            "token_texts": [tokens.texts[i] for i in text],
-            "token_roles": [tokens.roles[i] for i in text],
-            "option_order": list(prompt.options),
-        }
+        described = sample_meta(record.label, record.group, samples, tokens, reason)
+        return described | {"option_order": list(prompt.options)}
 
     def _identities(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> list[Check]:
         """What holds for any weights: the last position of the last layer carries everything, others nothing."""
@@ -241,6 +228,32 @@ class Tracer:
         direct = self._oracle.cells(source, target, [grid.cells[i] for i in chosen], self.option_ids)
         difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
         return Check.at_most("replay_equals_direct", difference, self.tolerance)
+
+
+def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason: Exclusion) -> dict[str, Any]:
+    """What a sample's record says besides numbers.
+
+    Args:
+        label: the right answer.
+        group: what the clip shares with others that are not independent of it.
+        samples: length of the clip at 16 kHz.
+        tokens: its prompt.
+        reason: why it does not count, or that it does.
+    """
+    text = tokens.text_positions
+    return {
+        "label": label,
+        "group": group,
+        "exclusion": str(reason),
+        "detail": "",
+        "samples": samples,
+        "positions": len(tokens),
+        "audio_positions": len(tokens.audio_positions),
+        "first_text_position": text[0],
+        "token_ids": [tokens.ids[i] for i in text],
+        "token_texts": [tokens.texts[i] for i in text],
+        "token_roles": [tokens.roles[i] for i in text],
+    }
 
 
 def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.analysis.run_info import about
-from lalm_patch.metrics import recovery_rate
+from lalm_patch.metrics import share_moved
 
 Measure = Callable[[xr.DataArray, xr.DataArray, xr.DataArray], xr.DataArray]
 """Options' logits [..., option], log-sum-exp [...], whether an option is the right one [sample, option] -> [...]."""
@@ -83,12 +83,10 @@ def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
         for run in ("clean", "corrupted", "patched")
     }
     gap = values["clean"] - values["corrupted"]
-    source, target = values["clean"], values["corrupted"]
-    if about(dataset).direction == "noising":
-        source, target = target, source
-    patched, source, target, gap = xr.broadcast(values["patched"], source, target, gap)
+    patched, clean, corrupted, gap = xr.broadcast(values["patched"], values["clean"], values["corrupted"], gap)
     order = dataset["recovery_rate"].dims
-    rate = patched.copy(data=recovery_rate(patched.values, source.values, target.values)).where(gap > 0)
+    moved = share_moved(patched.values, clean.values, corrupted.values, about(dataset).direction)
+    rate = patched.copy(data=moved).where(gap > 0)
     changed = {
         "recovery_rate": rate.transpose(*order).assign_attrs(dataset["recovery_rate"].attrs | {"metric": name}),
         **{

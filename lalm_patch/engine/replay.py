@@ -272,10 +272,10 @@ class ReplayEngine:
             positions.extend(position - source.first for position in patch.positions)
         writes = []
         for (layer, site, head), (where, positions) in places.items():
-            states, device = source.states[site][layer], devices[layer]
+            within, device = columns(self.lalm, head), devices[layer]
+            states = source.states[site][layer][:, within]
             chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(device)
-            within = columns(self.lalm, head)
-            writes.append((layer, site, within, _on(torch.tensor(where), device), chosen[:, within]))
+            writes.append((layer, site, within, _on(torch.tensor(where), device), chosen))
         return writes
 
 

@@ -6,7 +6,6 @@ import base64
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from lalm_patch.analysis import (
     exclusion_table,
     fusion,
     lost_classes,
-    mean_recovery,
     object_effect,
     peak_interval,
-    peak_layer,
     planted_window,
     ratio_of_means,
     relevant,
@@ -88,7 +85,7 @@ def make_report(
     """
     finished, unfinished = find_runs(folder)
     if metric != "probability":
-        finished = [_measured(run, metric) for run in finished]
+        finished = [run.showing(with_metric(run.dataset, metric)) for run in finished if run.dataset is not None]
     runs = [run.dataset for run in finished if run.dataset is not None]
     page = folder / PAGE if page is None else page
     figures = page.parent / FIGURES
@@ -113,14 +110,6 @@ def make_report(
     except OSError as error:
         raise storage_error(error, page, "writing the report") from error
     return page
-
-
-def _measured(found: CollectedRun, metric: str) -> CollectedRun:
-    """The run with another metric in the place of the answer's probability."""
-    assert found.dataset is not None
-    dataset = with_metric(found.dataset, metric)
-    recovery = mean_recovery(dataset, seed=about(dataset).seed)
-    return replace(found, dataset=dataset, recovery=recovery, peak=peak_layer(dataset, recovery))
 
 
 def _template() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import Encoding
 from lalm_patch.results import build_dataset
 from lalm_patch.store import SampleRecord
-from lalm_patch.tracing import readout_arrays
+from lalm_patch.tracing import readout_arrays, sample_meta
 from lalm_patch.truth.circuit import Circuit, FloatArray, Truth
 from lalm_patch.truth.decoder import MELS, Clip, PlantedLALM
 from lalm_patch.truth.methods import Method
@@ -89,31 +88,14 @@ def measure(
             answers.append(answer)
         else:
             progress(len(grid.cells))
-        records.append(SampleRecord(f"clip{index}", arrays, _meta(clean, answer, reason, lalm.frames, index)))
+        meta = sample_meta(str(answer), f"clip{index}", lalm.frames * FRAME_SAMPLES, clean.tokens, reason)
+        records.append(SampleRecord(f"clip{index}", arrays, meta))
     settings = {"model": {"name": name}, "attr": {"name": "class"}, "granularity": {"name": method.name}, "seed": 0}
     settings["site"] = {"name": str(method.site)}
     attributes = {"model_layers": lalm.num_layers, "settings": json.dumps(settings), "model_id": lalm.id}
     options = [str(option) for option in range(len(lalm.option_ids))]
     dataset = build_dataset(records, options, grid.dims, grid.coords, attributes)
     return Measured(dataset, grid, audio, answers, spot_check)
-
-
-def _meta(clean: Encoding, answer: int, reason: Exclusion, frames: int, index: int) -> dict[str, Any]:
-    tokens = clean.tokens
-    text = tokens.text_positions
-    return {
-        "label": str(answer),
-        "group": f"clip{index}",
-        "exclusion": str(reason),
-        "detail": "",
-        "samples": frames * FRAME_SAMPLES,
-        "positions": len(tokens),
-        "audio_positions": len(tokens.audio_positions),
-        "first_text_position": text[0],
-        "token_ids": [tokens.ids[i] for i in text],
-        "token_texts": [tokens.texts[i] for i in text],
-        "token_roles": [tokens.roles[i] for i in text],
-    }
 
 
 def _spot_check(
