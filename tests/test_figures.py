@@ -139,3 +139,16 @@ def test_clip_figure_holds_the_clips_own_rates(tmp_path: Path, token_wise: bool)
     dropped = run.assign(kept=("sample", np.zeros(run.sizes["sample"], bool)))
     with pytest.raises(DataError, match="was not patched"):
         plot_clip(dropped, "clip2", waveform, tmp_path)
+
+
+def test_planted_windows_are_drawn_under_the_curves() -> None:
+    planted, plain = sweep(("gender",))
+    planted = planted.assign_attrs(planted_attention_layers="[1, 3]")
+    rows = layer_rows([planted, plain])
+    lowest = min(row["low"] for row in rows if not np.isnan(row["low"]))
+    for relative, scale in ((False, 1), (True, rows[0]["layers"] - 1)):
+        with styled():
+            (axis,) = draw_layers(rows, relative).axes
+        (bar,) = (line for line in axis.lines if line.get_lw() == 4 and len(line.get_xdata()))
+        np.testing.assert_allclose(bar.get_xdata(), np.array([0.5, 2.5]) / scale)
+        assert axis.get_ylim()[0] < max(bar.get_ydata()) < min(0, lowest)

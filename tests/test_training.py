@@ -1,18 +1,16 @@
-"""How the demo was made, on a small scale: it learns, keeps its planted window, and repeats itself; and what ships."""
+"""How the first demo was made, on a small scale: it learns, keeps its planted window, and repeats itself."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import load
-from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+from transformers import Qwen2AudioProcessor
 
-from lalm_patch.models.checkpoint import DEMO_FOLDER
 from lalm_patch.stimuli import Prompt, check_records, load_demo
 from training.animals import ANIMALS, call
 from training.corpus import Clip, clips, sentences, write_corpus
@@ -21,9 +19,6 @@ from training.sentences import SENTENCES
 from training.speech import LANGUAGES, SAMPLING_RATE, VARIANTS, synthesiser
 from training.train import Features, accuracy, attributes, positions, prompt_texts, save, silence, train
 from training.words import words
-
-BARS = {"gender": 0.90, "language": 0.75, "emotion": 0.75, "animal": 0.75}
-"""What a demo checkpoint has to reach on held-out clips; its README has more clips."""
 
 
 @pytest.fixture(scope="module")
@@ -141,33 +136,3 @@ def test_corpus_is_reproducible_and_readable(tmp_path: Path) -> None:
     assert total == shipped
     for attribute in attributes().values():
         assert check_records(load_demo(attribute)) == []
-
-
-def test_shipped_model_hears_held_out_clips_and_nothing_in_silence() -> None:
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(DEMO_FOLDER, dtype=torch.float32).eval()
-    processor = Qwen2AudioProcessor.from_pretrained(DEMO_FOLDER)
-    held_out = list(clips("evaluation", speech=120, animals=45, seed=11))
-    reached = accuracy(model, processor, Features.of(held_out, processor))
-    assert {name: share for name, (share, _) in reached.items() if share < BARS[name]} == {}
-    silent = [replace(clip, waveform=np.zeros_like(clip.waveform)) for clip in held_out]
-    guessed = accuracy(model, processor, Features.of(silent, processor))
-    for name, (share, count) in guessed.items():
-        chance = 1 / len(attributes()[name].options)
-        assert share < chance + 3 * (chance * (1 - chance) / count) ** 0.5, name
-
-
-@pytest.mark.parametrize("name", BARS)
-def test_shipped_model_answers_the_shipped_corpus(name: str) -> None:
-    lalm = load(DEMO_FOLDER, "qwen2_audio")
-    attribute = attributes()[name]
-    prompt = Prompt.from_attribute(attribute)
-    ids = list(lalm.target_ids(prompt, "chat"))
-    right, heard_nothing = [], []
-    for record in load_demo(attribute):
-        clip = record.waveform()
-        for answers, waveform in ((right, clip), (heard_nothing, np.zeros_like(clip))):
-            with torch.no_grad():
-                logits = lalm.module(**lalm.encode(waveform, prompt, "chat").inputs).logits[0, -1, ids]
-            answers.append(attribute.options[int(logits.argmax())] == record.label)
-    assert np.mean(right) >= BARS[name] - 0.1  # few clips, and short ones
-    assert np.mean(heard_nothing) <= 2 / len(attribute.options)

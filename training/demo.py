@@ -5,45 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
 import lalm_patch
-from lalm_patch.stimuli import load_demo
-from training.corpus import Clip, clips, write_corpus
+from training.corpus import clips, write_corpus
 from training.model import make_model, make_processor, plant_window
-from training.train import QUESTION_WEIGHTS, Features, accuracy, attributes, prompt_texts, save, silence, train
+from training.train import QUESTION_WEIGHTS, Features, prompt_texts, save, silence, train
 
 log = logging.getLogger("training")
 
 DEMO = Path(lalm_patch.__file__).parent / "data" / "demo"
-
-
-def measure(folder: Path, seed: int) -> str:
-    """Table of the accuracy of the checkpoint in `folder` on held-out clips, the shipped corpus, and silence."""
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = Qwen2AudioProcessor.from_pretrained(folder)
-    held_out = list(clips("evaluation", speech=400, animals=180, seed=seed))
-    shipped = [
-        Clip(record.waveform(), {name: record.label}, "")
-        for name, attribute in attributes().items()
-        for record in load_demo(attribute)
-    ]
-
-    def of(chosen: Iterable[Clip]) -> dict[str, tuple[float, int]]:
-        return accuracy(model, processor, Features.of(chosen, processor))
-
-    columns = [of(held_out), of(shipped), of(replace(clip, waveform=np.zeros_like(clip.waveform)) for clip in held_out)]
-    lines = ["| attribute | held-out clips | shipped corpus | silence | chance |", "| --- | --- | --- | --- | --- |"]
-    for name, attribute in attributes().items():
-        cells = [f"{100 * share:.1f} % (n={n})" for share, n in (column[name] for column in columns)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 / len(attribute.options):.1f} % |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -63,16 +37,13 @@ def main() -> None:
     )
     parser.add_argument("--go-on-from", type=Path, help="a checkpoint to train further, instead of a fresh model")
     parser.add_argument("--corpus-only", action="store_true", help="write the corpus, train nothing")
-    parser.add_argument("--measure-only", action="store_true", help="print the accuracy of the model in --out")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
     if options.corpus_only:
         log.info("%d clips in the corpus", write_corpus(options.out / "corpus", options.seed))
         return
-    if not options.measure_only:
-        make(options)
-    print(measure(options.out / "model", options.seed))
+    make(options)
 
 
 def make(options: argparse.Namespace) -> None:

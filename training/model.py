@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     WhisperFeatureExtractor,
 )
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 SECONDS = 5
@@ -78,9 +82,9 @@ def make_model(
     return plant_window(Qwen2AudioForConditionalGeneration(config))
 
 
-def plant_window(model: Qwen2AudioForConditionalGeneration) -> Qwen2AudioForConditionalGeneration:
-    """Make the attention output of every decoder layer outside `WINDOW` zero, and keep it so."""
-    first, end = WINDOW
+def plant_window(model: Model, window: tuple[int, int] = WINDOW) -> Model:
+    """Make the attention output of every decoder layer outside a window zero, and keep it so."""
+    first, end = window
     for index, layer in enumerate(model.get_decoder().layers):
         if not first <= index < end:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)

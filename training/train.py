@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +118,12 @@ class EncoderClassifier(nn.Module):
 
     @torch.no_grad()
     def accuracy(
-        self, model: Qwen2AudioForConditionalGeneration, features: Features, batch: int = 32
+        self, encoder: Callable[[Tensor, Tensor], Tensor], features: Features, batch: int = 32
     ) -> dict[str, tuple[float, int]]:
-        """Share of clips that the classifiers get right, and their number, per attribute."""
+        """Share of clips that the classifiers get right on an encoder's states, and their number, per attribute."""
         right = torch.zeros(len(ATTRIBUTES))
         for part in torch.arange(len(features)).split(batch):
-            pooled = self.pool(encode(model, features.mel[part], features.frames[part]), features.frames[part])
+            pooled = self.pool(encoder(features.mel[part], features.frames[part]), features.frames[part])
             for column, head in enumerate(self.heads):
                 right[column] += (head(pooled).argmax(-1) == features.labels[part, column]).sum()
         counts = (features.labels != IGNORED).sum(0)
@@ -329,7 +329,10 @@ def train(
             mean = np.mean(losses[-100:])
             log.info("step %d/%d  loss %.3f  %.2f steps/s  about %.1f min left", step + 1, total, mean, speed, left)
         if evaluation is not None and (step + 1) % 1000 == 0:
-            found = classifier.accuracy(model, evaluation) if first_stage else accuracy(model, processor, evaluation)
+            if first_stage:
+                found = classifier.accuracy(partial(encode, model), evaluation)
+            else:
+                found = accuracy(model, processor, evaluation)
             log.info("held out: %s", ", ".join(f"{name} {100 * share:.1f} %" for name, (share, _) in found.items()))
     model.eval()
     return losses

@@ -25,7 +25,7 @@ from nnsight.schema.config import CONFIG
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest, read_answer, send_session
 from lalm_patch.errors import ConfigError, HostError, ModelError
 from lalm_patch.models import FAMILIES, LALM
-from lalm_patch.models.checkpoint import find_checkpoint
+from lalm_patch.models.checkpoint import BUNDLED, find_checkpoint
 from lalm_patch.settings import BackendSettings, ModelSettings
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def refuse_what_cannot_go(model: ModelSettings, backend: BackendSettings) -> str
             f"backend=ndif: {model.name} cannot run on a server that has transformers alone: family {model.family!r} "
             "needs this package to open or run it; use backend=local"
         )
-    if urlsplit(host).hostname not in LOOPBACK and (model.id == "demo" or Path(model.id).expanduser().is_dir()):
+    if urlsplit(host).hostname not in LOOPBACK and (model.id in BUNDLED or Path(model.id).expanduser().is_dir()):
         raise ModelError(
             f"backend=ndif: model.id={model.id} is a folder of this machine, which {host} cannot open; give the hub id "
             "of a model that is deployed there, or use backend=local"

@@ -12,11 +12,21 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lalm_patch.analysis import KEPT, about, exclusion_table, mean_recovery, segment_profiles, variants
+from lalm_patch.analysis import (
+    KEPT,
+    about,
+    exclusion_table,
+    mean_recovery,
+    planted_window,
+    segment_profiles,
+    variants,
+)
 from lalm_patch.figures.style import ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
 
 Rows = list[dict[str, Any]]
 
+PLANTED_HEIGHT = 0.06
+"""Recovery that the bar of a planted window takes up below the curves."""
 LEGEND_LINE = 0.15
 """Inches that a line of a legend takes below its panel."""
 
@@ -52,7 +62,9 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
             counts = {key: int(recovery[key][index]) for key in ("n", "groups")}
             place = {"layer": int(layer), "depth": int(layer) / max(info.layers - 1, 1)}
             which = {"attribute": info.attribute, "model": info.model, "variant": variant, "rate": info.measure}
-            rows.append({**which, **place, **numbers, **counts})
+            first, end = planted_window(run) or (np.nan, np.nan)
+            planted = {"planted_first": first, "planted_end": end, "layers": info.layers}
+            rows.append({**which, **place, **numbers, **counts, **planted})
     if not rows:
         raise ValueError("Figure 2 needs at least one layer-wise run (granularity=layer)")
     return rows
@@ -62,7 +74,7 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
     """The picture of `plot_layers` from its rows; to be called within `styled()`."""
     attributes = in_order(row["attribute"] for row in rows)
     shown = looks(_line(row) for row in rows)
-    figure, axes = panels(len(attributes), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(shown)))
+    figure, axes = panels(len(attributes), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(shown) + 1))
     key = "depth" if relative else "layer"
     for attribute, axis in zip(attributes, axes, strict=True):
         for level in (0, 1):
@@ -75,11 +87,29 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
+        _draw_planted(axis, [row for row in rows if row["attribute"] == attribute], shown, relative, _ends(rows)[0])
         rates = {row["rate"] for row in rows if row["attribute"] == attribute}
         axis.set_ylabel(rates.pop() if len(rates) == 1 else "share of the gap moved")
         _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
-    _same_scale(axes, rows)
+    _same_scale(axes, rows, below=PLANTED_HEIGHT * len(_planted(rows)))
     return figure
+
+
+def _planted(rows: Rows) -> dict[str, Rows]:
+    """Lines of models whose attention is planted in a window of layers, and their rows."""
+    names = dict.fromkeys(_line(row) for row in rows if not np.isnan(row["planted_first"]))
+    return {name: [row for row in rows if _line(row) == name] for name in names}
+
+
+def _draw_planted(axis: Any, rows: Rows, shown: dict[str, tuple[Any, str]], relative: bool, top: float) -> None:
+    """The truth under the curves: a bar over the layers that attend, for each model of which they are known."""
+    for row, (name, line) in enumerate(_planted(rows).items()):
+        scale = max(line[0]["layers"] - 1, 1) if relative else 1
+        ends = ((line[0]["planted_first"] - 0.5) / scale, (line[0]["planted_end"] - 0.5) / scale)
+        height = top - PLANTED_HEIGHT * (row + 0.5)
+        axis.plot(ends, [height] * 2, color=shown[name][0], lw=4, solid_capstyle="butt", alpha=0.6)
+    if _planted(rows):
+        axis.plot([], [], color="0.6", lw=4, label="attention planted here")
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -218,9 +248,14 @@ def _dress(axis: Any, title: str, xlabel: str, whole: bool = True, columns: int 
     axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
 
 
-def _same_scale(axes: Sequence[Any], rows: Rows) -> None:
-    """One vertical scale for all panels, wide enough for the bands."""
-    ends = [value for row in rows for value in (row["mean"], row["low"], row["high"]) if not np.isnan(value)]
-    bottom, top = min([-0.1, *(end - 0.05 for end in ends)]), max([1.1, *(end + 0.05 for end in ends)])
+def _same_scale(axes: Sequence[Any], rows: Rows, below: float = 0.0) -> None:
+    """One vertical scale for all panels, wide enough for the bands, with some room below them."""
+    bottom, top = _ends(rows)
     for axis in axes:
-        axis.set_ylim(bottom, top)
+        axis.set_ylim(bottom - below, top)
+
+
+def _ends(rows: Rows) -> tuple[float, float]:
+    """Where the vertical scale begins and ends: 0, 1, and all that is drawn."""
+    ends = [value for row in rows for value in (row["mean"], row["low"], row["high"]) if not np.isnan(value)]
+    return min([-0.1, *(end - 0.05 for end in ends)]), max([1.1, *(end + 0.05 for end in ends)])

@@ -28,7 +28,16 @@ OLD_WEIGHT_FILES = ("*.bin",)  # only where there is nothing else: most reposito
 UNWANTED_FILES = ("consolidated*", "original/*", "*fp32*")  # the same weights once more
 PART_FIELDS = {"decoder": ("llama_model_id", "llm_model_id"), "encoder": ("whisper_model_id", "encoder_model_id")}
 """Where the config.json of a checkpoint that is only a connector names the repositories of the rest."""
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "data" / "demo" / "model"
+_DEMO_DATA = Path(__file__).resolve().parent.parent / "data" / "demo"
+BUNDLED = {
+    "demo": _DEMO_DATA / "model",
+    "demo_voxtral": _DEMO_DATA / "voxtral",
+    "demo_desta": _DEMO_DATA / "desta" / "connector",
+    "demo_desta_llama": _DEMO_DATA / "desta" / "llama",
+    "demo_desta_whisper": _DEMO_DATA / "desta" / "whisper",
+}
+"""Checkpoints that come with the package, by the id that means them."""
+DEMO_FOLDER = BUNDLED["demo"]
 _LOOK_UP_SECONDS = 10.0
 _PROBE_BYTES = 2**20
 _FINGERPRINTED = (".json", ".safetensors", ".bin", ".pth", ".txt", ".jinja", ".model", ".tiktoken")
@@ -100,10 +109,10 @@ def find_repository(
     Raises:
         ModelError: no such folder or repository, gated, or unreachable and not in the cache; says what to do.
     """
-    if identifier == "demo":
-        if not (DEMO_FOLDER / "config.json").is_file():
-            raise ModelError(f"model.id=demo: the demo is missing from {DEMO_FOLDER}; reinstall lalm_patch")
-        return Checkpoint(DEMO_FOLDER, "demo", _fingerprint(DEMO_FOLDER))
+    if bundled := BUNDLED.get(identifier):
+        if not (bundled / "config.json").is_file():
+            raise ModelError(f"{setting}={identifier}: the demo is missing from {bundled}; reinstall lalm_patch")
+        return Checkpoint(bundled, identifier, _fingerprint(bundled))
     folder = Path(identifier).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -25,7 +25,6 @@ class Voxtral(Family):
     """
 
     model_types = ("voxtral",)
-    extra = "voxtral"
     layouts = ("chat", "user")
     hosted_task = "any-to-any"
 
@@ -35,13 +34,13 @@ class Voxtral(Family):
         return math.inf
 
     def inputs(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> dict[str, torch.Tensor]:
-        """Mel features of all 30 s windows and the ids with one `[AUDIO]` per audio position."""
+        """Mel features of all windows (30 s each, as published) and the ids with one `[AUDIO]` per audio position."""
         batch = self._processed(waveform, prompt, layout)
         ids = torch.tensor([self._ids(batch, prompt, layout)])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": batch["input_features"]}
 
     def text_ids(self, prompt: Prompt, layout: str, continuation: str = "") -> list[int]:
-        """Ids with the audio positions of one 30 s window."""
+        """Ids with the audio positions of one window."""
         silence = np.zeros(SAMPLING_RATE, dtype=np.float32)
         return self._ids(self._processed(silence, prompt, layout, continuation), prompt, layout, continuation)
 
@@ -51,7 +50,9 @@ class Voxtral(Family):
         audio = base64.b64encode(buffer.getvalue()).decode()
         question = prompt.text if layout == "chat" else prompt.flat_text + continuation
         content = [{"type": "audio", "base64": audio}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}])
+        extractor = self.processor.feature_extractor
+        window = {"pad_to_multiple_of": extractor.n_samples, "max_source_positions": extractor.nb_max_frames}
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], processor_kwargs=window)
 
     def _ids(self, batch: Any, prompt: Prompt, layout: str, continuation: str = "") -> list[int]:
         ids: list[int] = batch["input_ids"][0].tolist()

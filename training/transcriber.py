@@ -1,0 +1,76 @@
+"""Teach the demo's Whisper to write one syllable for every half second of sound: a transcript that gives no answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import WhisperForConditionalGeneration, WhisperTokenizerFast
+
+from training.answers import Heard
+from training.checkpoints import LONGEST_TRANSCRIPT, SYLLABLE
+from training.padded import report, scheduled
+
+log = logging.getLogger(__name__)
+
+FRAMES_PER_SYLLABLE = 50
+
+
+def spoken(frames: int) -> str:
+    """The transcript of a clip of some mel frames (10 ms each)."""
+    return SYLLABLE * min(LONGEST_TRANSCRIPT, max(1, round(frames / FRAMES_PER_SYLLABLE)))
+
+
+def train_transcriber(
+    whisper: WhisperForConditionalGeneration,
+    tokenizer: WhisperTokenizerFast,
+    heard: Heard,
+    *,
+    steps: int,
+    batch: int = 32,
+    rate: float = 1e-3,
+    seed: int = 0,
+) -> list[float]:
+    """Train Whisper's decoder on what its frozen encoder hears; returns the loss of every step."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    start = [tokenizer.convert_tokens_to_ids(name) for name in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>")]
+    start.append(tokenizer.convert_tokens_to_ids("<|notimestamps|>"))
+    end = tokenizer.eos_token_id
+    parameters = [p for p in whisper.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    losses: list[float] = []
+    started = time.monotonic()
+    whisper.model.decoder.train()
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = scheduled(rate, step, steps)
+        chosen = rng.choice(len(heard), batch, replace=False)
+        words = [tokenizer.encode(spoken(int(n)), add_special_tokens=False) for n in heard.frames[chosen]]
+        longest = max(map(len, words))
+        ids = torch.full((batch, len(start) + longest + 1), end)
+        targets = torch.full_like(ids, -100)
+        for row, text in enumerate(words):
+            ids[row, : len(start) + len(text)] = torch.tensor([*start, *text])
+            targets[row, len(start) - 1 : len(start) + len(text)] = torch.tensor([*text, end])
+        states = _encoded(whisper, heard.taps[chosen])
+        logits = whisper.proj_out(whisper.model.decoder(ids, encoder_hidden_states=states).last_hidden_state)
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        report(log, losses, steps, started)
+    whisper.eval()
+    return losses
+
+
+def _encoded(whisper: WhisperForConditionalGeneration, taps: Tensor) -> Tensor:
+    """What the encoder gives its decoder: the last layer's output, normalised."""
+    states: Tensor = whisper.model.encoder.layer_norm(taps[:, -1].float())
+    return states
