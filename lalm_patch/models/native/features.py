@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,8 +89,10 @@ def transcribe(
     whisper.to(device=weight.device, dtype=weight.dtype)  # the decoder follows the encoder, which moves with the model
     features = whisper_features(extractor, [waveform]).to(weight)
     room = whisper.config.max_target_positions - 4  # start, language, task, no timestamps
-    limit = {} if max_new_tokens is None else {"max_new_tokens": min(max_new_tokens, room)}
+    config = copy.copy(whisper.generation_config)
+    if max_new_tokens is not None:
+        config.max_new_tokens, config.max_length = min(max_new_tokens, room), None  # both would make it complain
     with torch.no_grad():
-        ids = whisper.generate(input_features=features, **limit)
+        ids = whisper.generate(input_features=features, generation_config=config)
     text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
     return text
