@@ -19,6 +19,7 @@ import xarray as xr
 
 from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.journal import replace_file, snapshot
+from lalm_patch.settings import CHOICES
 from lalm_patch.shards import is_complete, run_folder_of, shard_folders
 from lalm_patch.store import JOURNAL, RECEIPT, RESULT, read_receipt
 from lalm_patch.terminal import as_typed, command_line
@@ -153,8 +154,17 @@ def sweep_summary(runs: Sequence[SweepRun]) -> tuple[str, bool]:
     if undone:
         lines.append("         or all of these: the same command again leaves out what is finished")
     if undone or len({run_folder_of(run.folder) for run in runs}) > 1:
-        lines.append(f"collect  python -m lalm_patch.collect {shlex.quote(_root(runs))}")
+        varied = "".join(f" --by {key}" for key in _varied([run.overrides for run in runs]))
+        lines.append(f"collect  python -m lalm_patch.collect {shlex.quote(_root(runs))}{varied}")
     return "\n".join(lines), not undone
+
+
+def _varied(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Settings that runs differ in, by the names `collect --by` takes; not those that it tells apart by itself."""
+    rows = [dict(override.lstrip("+").partition("=")[::2] for override in row) for row in overrides]
+    keys = dict.fromkeys(key for row in rows for key in row if key not in ("model", "attr", "granularity", "shard"))
+    differ = [key for key in keys if len({row.get(key) for row in rows}) > 1]
+    return [f"{key}.name" if f"{key}.name" in CHOICES else key for key in differ]
 
 
 def _detail(run: SweepRun, state: RunStatus) -> str:

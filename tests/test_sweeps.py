@@ -21,7 +21,7 @@ from lalm_patch.errors import BusyError, ConfigError, StoreError
 from lalm_patch.journal import snapshot
 from lalm_patch.run import run as carry_out
 from lalm_patch.run import run_identity
-from lalm_patch.runs import State, failure_recorded, status
+from lalm_patch.runs import State, SweepRun, failure_recorded, status, sweep_summary
 from lalm_patch.settings import RunSettings
 from lalm_patch.shards import Shard, run_folder_of
 from lalm_patch.slurm import read_queue
@@ -242,3 +242,14 @@ def test_a_queue_that_cannot_be_asked_is_not_an_empty_one(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit, match="squeue was not found"):
         read_queue()
+
+
+def test_a_sweep_says_how_its_runs_are_collected(tmp_path: Path) -> None:
+    def hint(*overrides: tuple[str, ...]) -> str:
+        runs = [SweepRun(row, tmp_path / f"run{index}") for index, row in enumerate(overrides)]
+        return sweep_summary(runs)[0].splitlines()[-1]
+
+    both = ("model=demo", "attr=gender")
+    assert hint((*both, "data.limit=4"), ("model=demo", "attr=animal", "data.limit=4")).endswith(tmp_path.name)
+    assert hint((*both, "data.seed=1"), (*both, "data.seed=2")).endswith(" --by data.seed")
+    assert hint((*both, "direction=noising", "seed=1"), (*both, "seed=2")).endswith(" --by direction.name --by seed")
