@@ -65,6 +65,15 @@ def token_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "token"), {"layer": np.asarray(layers), "token": np.arange(len(positions))}, cells)
 
 
+def segment_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """All positions of one segment of the text in one layer's output, for each (layer, segment)."""
+    text, names = set(tokens.text_positions), tokens.segments
+    positions = [tuple(p for p in tokens.positions(name) if p in text) for name in names]
+    cells = tuple(Intervention([Patch(layer, chosen)]) for layer in layers for chosen in positions)
+    coords = {"layer": np.asarray(layers), "segment": np.array(names, object)}
+    return Grid(("layer", "segment"), coords, cells)
+
+
 @dataclass(frozen=True)
 class Place:
     """What of a layer is patched, and in how many layers at once.
@@ -106,7 +115,11 @@ def at_place(grid: Grid, place: Place) -> Grid:
     return Grid((*grid.dims, "head"), grid.coords | {"head": np.arange(place.num_heads)}, cells)
 
 
-GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {"layer": layer_grid, "token": token_grid}
+GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
+    "layer": layer_grid,
+    "token": token_grid,
+    "segment": segment_grid,
+}
 
 
 def chosen_layers(num_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:

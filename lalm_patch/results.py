@@ -11,13 +11,17 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.metrics import Exclusion, share_moved
+from lalm_patch.models.tokens import segments_of
 from lalm_patch.netcdf import clean_text
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
 
-_AXES = {"layer": "decoder layer, from 0", "head": "attention head, from 0"}
+_AXES = {"layer": "decoder layer, from 0", "head": "attention head, from 0", "segment": "segment of the text"}
 _MISSING_CELL = "NaN: the sample is excluded (see `exclusion`)"
-_MISSING_TOKEN = f"{_MISSING_CELL}, or its text has fewer tokens than the longest one"
+_MISSING = {
+    "token": f"{_MISSING_CELL}, or its text has fewer tokens than the longest one",
+    "segment": f"{_MISSING_CELL}, or its text lacks the segment",
+}
 
 
 def build_dataset(
@@ -57,7 +61,7 @@ def build_dataset(
             base_top[row] = sample.arrays["base_top_id"]
         if "patched_logsumexp" in sample.arrays:
             cells = sample.arrays["patched_logsumexp"]
-            where = tuple(slice(length) for length in cells.shape)
+            where = np.ix_(*_places(sample, dims, coords, cells.shape))
             sums[row][where] = cells
             logits[row][where] = sample.arrays["patched_option_logits"]
     answers = np.array([list(options).index(sample.meta["label"]) for sample in samples], dtype=int)
@@ -71,7 +75,7 @@ def build_dataset(
     rate_name = "share of the gap that is lost (noising)" if direction == "noising" else "recovery rate"
 
     cell_dims = ("sample", *dims)
-    missing = _MISSING_TOKEN if "token" in dims else _MISSING_CELL
+    missing = next((_MISSING[dim] for dim in dims if dim in _MISSING), _MISSING_CELL)
     variables: dict[str, Any] = {
         "recovery_rate": _variable(cell_dims, rate.astype(np.float32), rate_name, "1", missing=missing),
         "p_patched": _variable(cell_dims, p_patched, "probability of the answer, patched run", "1", missing=missing),
@@ -113,6 +117,17 @@ def build_dataset(
         "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
     }
     return dataset
+
+
+def _places(
+    sample: SampleRecord, dims: Sequence[str], coords: Mapping[str, Sequence[int] | np.ndarray], shape: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Where a sample's cells belong along each dimension of the run's grid; a clip may lack a segment of others."""
+    places = [np.arange(length) for length in shape]
+    if "segment" in dims:
+        known, own = list(coords["segment"]), segments_of(sample.meta["token_roles"])
+        places[list(dims).index("segment")] = np.array([known.index(name) for name in own], dtype=int)
+    return places
 
 
 def _coordinates(

@@ -82,7 +82,8 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     line = over_layers(recovery)
     info = about(dataset)
     place = "all text positions" if info.site == "resid" else f"{info.site} at all text positions"
-    where = {"token": "at the last token", "head": "the best head of each layer"}.get(info.granularity, place)
+    column = f"the best {info.granularity} of each layer"
+    where = {"token": "at the last token", "layer": place}.get(info.granularity, column)
     what = "lost    " if info.direction == "noising" else "recovery"
     half = next((cell for cell in line if cell.mean > 0.5), None)
     reached = "never" if half is None else f"from layer {half.layer}"

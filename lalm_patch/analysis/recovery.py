@@ -13,6 +13,8 @@ from lalm_patch.analysis.alignment import align_tokens, kept_samples
 from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
 from lalm_patch.analysis.run_info import about
 
+COLUMNS = ("head", "segment")
+"""Dimensions whose columns are no curve over layers each with a place of its own in the text."""
 SAME_PLATEAU = 1e-3
 """Means this close to the largest one count as tied: on a plateau, rounding would choose the layer otherwise."""
 
@@ -29,7 +31,7 @@ class Cell:
         token: column of the grid; None in a layer-wise run.
         text: what the token says; empty in a layer-wise run.
         role: role of the token; empty in a layer-wise run.
-        head: attention head; None unless single heads were patched.
+        column: what else the cell is of, `head 3` or `segment object`; empty in a layer-wise and a token-wise run.
     """
 
     layer: int
@@ -40,12 +42,12 @@ class Cell:
     token: int | None = None
     text: str = ""
     role: str = ""
-    head: int | None = None
+    column: str = ""
 
     @property
     def place(self) -> str:
         """Where it is, for a sentence."""
-        return f"layer {self.layer}" if self.head is None else f"layer {self.layer}, head {self.head}"
+        return f"layer {self.layer}, {self.column}" if self.column else f"layer {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Peak:
     """Where mean recovery is largest.
 
     Attributes:
-        over_layers: over the layers; of a token-wise run, at the last token; of single heads, over these too.
+        over_layers: over the layers; of a token-wise run, at the last token; of heads or segments, over these too.
         overall: over all cells of the grid.
         before_last: over the cells before the last token; None in a layer-wise run.
     """
@@ -149,12 +151,11 @@ def ratio_of_means(
     anything; here each clip counts in proportion to its gap. Where the two differ much, few clips decide the mean.
 
     Returns:
-        `mean`, `low`, `high` along `layer`, of a token-wise run at the last token.
+        `mean`, `low`, `high` along `layer`, of a token- or segment-wise run at the last token.
     """
     kept = kept_samples(dataset)
     patched = kept["p_patched"].astype(np.float64)
-    if "token" in patched.dims:
-        patched = at_last_token(kept, patched)
+    patched = at_last_token(kept, patched)
     clean, corrupted = kept["p_clean"].astype(np.float64), kept["p_corrupted"].astype(np.float64)
     moved = clean - patched if about(dataset).direction == "noising" else patched - corrupted
     gain = moved.transpose("sample", "layer").values
@@ -167,16 +168,18 @@ def ratio_of_means(
 
 
 def at_last_token(samples: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
-    """Values (sample, layer, token) at each sample's last token: (sample, layer)."""
-    return values.where(samples["token_role"] == "last").max("token")
+    """Values (sample, layer, token) at each sample's last token, or (sample, layer, segment) at the segment it is:
+    (sample, layer); those of a layer-wise run are of all text positions and stay as they are."""
+    if "segment" in values.dims:
+        return values.sel(segment="last", drop=True)
+    return values.where(samples["token_role"] == "last").max("token") if "token" in values.dims else values
 
 
 def layer_curves(dataset: xr.Dataset) -> ClusterSums:
-    """Recovery over layers of the kept samples, by group; of a token-wise run at the last token."""
+    """Recovery over layers of the kept samples, by group; of a token- or segment-wise run at the last token."""
     kept = kept_samples(dataset)
     rates = kept["recovery_rate"]
-    if "token" in rates.dims:
-        rates = at_last_token(kept, rates)
+    rates = at_last_token(kept, rates)
     return ClusterSums.of(rates.transpose("sample", "layer").values.astype(np.float64), group_names(kept))
 
 
@@ -206,7 +209,7 @@ def peak_layer(dataset: xr.Dataset, recovery: xr.Dataset | None = None) -> Peak 
 
 def peak_interval(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Layers between which the peak over layers lies, from the peaks of resampled curves; NaN if it cannot be said."""
-    if about(dataset).granularity == "head":
+    if about(dataset).granularity in COLUMNS:
         return np.nan, np.nan
     clusters = layer_curves(dataset)
     if not clusters.n:
@@ -229,17 +232,19 @@ def _cell(place: xr.Dataset) -> Cell:
     if "token" in place.coords:
         texts = {"token": int(place["token"]), "text": str(place["token_text"].item())}
         texts["role"] = str(place["token_role"].item())
-    if "head" in place.coords:
-        texts["head"] = int(place["head"])
+    if names := [str(name) for name in place.coords if name in COLUMNS]:
+        texts["column"] = f"{names[0]} {place[names[0]].item()}"
     mean, low, high = (float(place[name]) for name in ("mean", "low", "high"))
     return Cell(int(place["layer"]), mean, low, high, int(place["n"]), **texts)
 
 
 def over_layers(recovery: xr.Dataset) -> list[Cell]:
-    """Mean recovery layer by layer, of a token-wise run at the last token, of single heads the largest of each layer;
-    from `mean_recovery`."""
+    """Mean recovery layer by layer, of a token-wise run at the last token, of heads or segments the largest of each
+    layer; from `mean_recovery`."""
     line = recovery.isel(token=-1) if "token" in recovery.dims else recovery
     layers = [line.isel(layer=index) for index in range(line.sizes["layer"])]
-    if "head" in line.dims:
-        layers = [layer.isel(head=int(np.nan_to_num(layer["mean"].values, nan=-np.inf).argmax())) for layer in layers]
+    for column in (str(dim) for dim in line.dims if dim in COLUMNS):
+        layers = [
+            layer.isel({column: int(np.nan_to_num(layer["mean"].values, nan=-np.inf).argmax())}) for layer in layers
+        ]
     return [_cell(layer) for layer in layers]

@@ -18,7 +18,7 @@ class About:
     Attributes:
         model: short name of the model.
         attribute: name of the attribute.
-        granularity: `layer`, `token` or `head` (layers and heads).
+        granularity: `layer`, `token`, `segment` or `head` (layers and heads).
         layers: decoder layers the model has.
         seed: of the bootstrap.
         site: where in a layer states were exchanged: `resid`, `attn`, `mlp` or `head`.
@@ -73,7 +73,7 @@ def about(dataset: xr.Dataset) -> About:
     model = settings.get("model", {}).get("name") or dataset.attrs.get("model_id", "model")
     attribute = settings.get("attr", {}).get("name", "attribute")
     dims = dataset["recovery_rate"].dims
-    granularity = next((dim for dim in ("token", "head") if dim in dims), "layer")
+    granularity = next((str(dim) for dim in dims if dim not in ("sample", "layer")), "layer")
     layers = int(dataset.attrs.get("model_layers", int(np.max(dataset["layer"].values, initial=0)) + 1))
     site, direction = settings.get("site", {}), settings.get("direction", {})
     return About(

@@ -54,7 +54,7 @@ def draw_run(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     """The picture of `plot_run`, from the run's `mean_recovery`; to be called within `styled()`."""
     if not recovery["mean"].notnull().any():
         return _draw_nothing(dataset)
-    draw = {"token": _draw_tokens, "head": _draw_heads}.get(about(dataset).granularity, _draw_layers)
+    draw = {"token": _draw_tokens, "layer": _draw_layers}.get(about(dataset).granularity, _draw_columns)
     return draw(dataset, recovery)
 
 
@@ -131,14 +131,18 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     return figure
 
 
-def _draw_heads(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
-    means = recovery["mean"].transpose("layer", "head").values
-    n_layers, n_heads = means.shape
-    figure, axes = canvas(float(np.clip(0.3 * n_heads, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
+def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
+    """Layers and whatever else a grid has: heads, segments."""
+    column = about(dataset).granularity
+    means = recovery["mean"].transpose("layer", column).values
+    names = [str(name) for name in recovery[column].values]
+    n_layers, n_columns = means.shape
+    figure, axes = canvas(float(np.clip(0.3 * n_columns, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
     _heatmap(figure, axes, recovery["layer"].values, means, f"mean {about(dataset).measure}")
-    every = np.arange(0, n_heads, max(1, -(-n_heads // 16)))
-    axes.set_xticks(every + 0.5, [str(head) for head in recovery["head"].values[every]], fontsize=8)
-    axes.set_xlabel("attention head")
+    numbers = all(name.isdigit() for name in names)
+    every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
+    axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
+    axes.set_xlabel(str(dataset[column].attrs.get("long_name", column)).partition(",")[0])
     axes.set_title(f"{_title(dataset)}: {_counts(recovery)}")
     return figure
 
@@ -200,8 +204,7 @@ def _table(recovery: xr.Dataset) -> str:
     keys = ["layer"]
     if "token" in recovery.dims:
         keys += ["token", "token_text", "token_role"]
-    if "head" in recovery.dims:
-        keys += ["head"]
+    keys += [str(dim) for dim in recovery["mean"].dims if dim not in ("layer", "token")]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*keys, *names])

@@ -14,7 +14,7 @@ Roles, in the order in which they occur in a prompt:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ import numpy as np
 from lalm_patch.errors import ModelError
 
 ROLES = ("pre", "audio", "transcript", "early", "object", "late", "template", "last")
+
+
+def segments_of(roles: Iterable[str]) -> tuple[str, ...]:
+    """The segments that tokens with these roles make up, in the order of `ROLES`."""
+    found = set(roles)
+    return tuple(role for role in ROLES if role in found)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class TokenTable:
     def positions(self, *roles: str) -> tuple[int, ...]:
         """Positions with one of these roles, ascending."""
         return tuple(i for i, role in enumerate(self.roles) if role in roles)
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Roles that occur after the audio, in the order of `ROLES`."""
+        return segments_of(self.roles[i] for i in self.text_positions)
 
     @property
     def audio_positions(self) -> tuple[int, ...]:

@@ -69,10 +69,11 @@ def _clip(clip: xr.Dataset, sample: str, sound: int) -> dict[str, Any]:
     }
     if rates.ndim == 1:
         return shown | {"rates": [[_number(rate)] for rate in rates], "texts": ["all text positions"], "roles": [""]}
-    if "head" in clip["recovery_rate"].dims:
+    column = str(clip["recovery_rate"].transpose("layer", ...).dims[1])
+    if column != "token":
         values = [[_number(rate) for rate in row] for row in rates]
-        heads = [f"head {head}" for head in clip["head"].values]
-        return shown | {"rates": values, "texts": heads, "roles": [""] * len(heads)}
+        names = [f"{column} {name}" for name in clip[column].values]
+        return shown | {"rates": values, "texts": names, "roles": [""] * len(names)}
     roles = clip["token_role"].values.astype(str)
     used = np.flatnonzero(roles != "")
     texts = [str(text) for text in clip["token_text"].values[used]]

@@ -170,9 +170,10 @@ def _run(found: CollectedRun) -> dict[str, Any]:
 
 
 def _ratio_of_means(run: xr.Dataset) -> float:
-    """The headline's ratio of means, averaged over layers; of single heads, over these too."""
-    heads = [run.sel(head=head, drop=True) for head in run["head"].values] if "head" in run.dims else [run]
-    return float(np.mean([ratio_of_means(one, n_resamples=2)["mean"].mean() for one in heads]))
+    """The headline's ratio of means, averaged over layers; of single heads or segments, over these too."""
+    column = about(run).granularity
+    runs = [run] if column in ("layer", "token") else [run.sel({column: one}, drop=True) for one in run[column].values]
+    return float(np.nanmean([ratio_of_means(one, n_resamples=2)["mean"].mean() for one in runs]))
 
 
 def _shared_figures(runs: Sequence[xr.Dataset], folder: Path) -> list[dict[str, str]]:

@@ -78,4 +78,5 @@ def head_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
 
 register(Method("layer", GRANULARITIES["layer"]))
 register(Method("token", GRANULARITIES["token"]))
+register(Method("segment", GRANULARITIES["segment"]))
 register(Method("head", head_grid, site=Site.HEAD))

@@ -10,7 +10,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from lalm_patch.analysis import fusion, mean_recovery, peak_layer
+from lalm_patch.analysis import fusion, mean_recovery
+from lalm_patch.analysis.recovery import SAME_PLATEAU
 from lalm_patch.truth.circuit import FloatArray
 
 CARRIES, EMPTY = 0.05, 0.01
@@ -30,8 +31,8 @@ class Score:
         auroc: probability that a planted cell's mean recovery is larger (in size) than an empty cell's.
         layer: whether the largest cell (before the last token) is a planted one; of a layer-wise run, whether the
             steepest rise is in a planted layer.
-        position: whether the position of the largest cell before the last token is a planted one; of single heads,
-            whether the head of the largest cell is.
+        position: whether the position (or segment) of the largest cell before the last token is a planted one; of single
+            heads, whether the head of the largest cell is.
         depth: estimated fusion depth in layers.
         depth_error: distance of the estimate from the planted layers; infinite for an estimate that does not exist.
         covered: whether the interval holds the depth of the whole population of clips.
@@ -74,13 +75,11 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
         return None
     if "head" in recovery.dims:
         return _score_heads(run, mean, expected)
-    token_wise = "token" in recovery.dims
-    truth = expected[:, -1] if token_wise else expected
+    by_place = mean.ndim > 1  # tokens or segments; the last of them is where the answer is read
+    truth = expected[:, -1] if by_place else expected
     low, high = planted_depth(truth)
     depth = fusion(run).depth
-    layer, position, paths = (
-        _top_cell(run, recovery, expected) if token_wise else (_steepest(mean, truth, low, high), np.nan, ())
-    )
+    layer, position, paths = _top_cell(mean, expected) if by_place else (_steepest(mean, truth, low, high), np.nan, ())
     covered = np.nan
     if population is not None:
         whole = fusion(population).depth.value
@@ -134,17 +133,16 @@ def _steepest(mean: FloatArray, truth: FloatArray, low: int, high: int) -> float
     return float(found == np.diff(truth, prepend=0.0).argmax())
 
 
-def _top_cell(run: xr.Dataset, recovery: xr.Dataset, expected: FloatArray) -> tuple[float, float, tuple[float, ...]]:
-    """Whether the largest cell before the last token is planted, whether its position is; recovery by position."""
-    planted = np.abs(expected[:, :-1]) >= CARRIES
+def _top_cell(mean: FloatArray, expected: FloatArray) -> tuple[float, float, tuple[float, ...]]:
+    """Whether the largest cell before the last place is planted, whether its place is; recovery by planted place."""
+    before, planted = mean[:, :-1], np.abs(expected[:, :-1]) >= CARRIES
     places = np.flatnonzero(planted.any(axis=0))
-    peak = peak_layer(run, recovery)
-    if not places.size or peak is None or peak.before_last is None or peak.before_last.token is None:
+    if not places.size:
         return np.nan, np.nan, ()
-    best = peak.before_last
-    by_position: NDArray[np.float64] = recovery["mean"].transpose("layer", "token").values[:, places].max(axis=0)
-    paths = tuple(sorted((float(value) for value in by_position), reverse=True))
-    return float(planted[best.layer, best.token]), float(best.token in places), paths
+    layer, place = np.argwhere(before >= before.max() - SAME_PLATEAU)[0]
+    by_place: NDArray[np.float64] = before[:, places].max(axis=0)
+    paths = tuple(sorted((float(value) for value in by_place), reverse=True))
+    return float(planted[layer, place]), float(place in places), paths
 
 
 def draw_run(population: xr.Dataset, clips: int, seed: int) -> xr.Dataset:
