@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
+from lalm_patch.segments import check_edges
 from lalm_patch.settings import CHOICES, RunSettings
 from lalm_patch.shards import Shard
 
@@ -80,7 +81,8 @@ def check_combinations(settings: RunSettings) -> None:
     site, direction = settings.site, settings.direction.name
     if site.window < 1:
         raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
-    if site.name == "head" and settings.granularity.name != "layer":
+    _check_knockout(settings)
+    if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
         raise ConfigError(
             f"site=head with granularity={settings.granularity.name}: heads times tokens times layers are more cells "
             "than one can look at; use granularity=layer, or site=attn for single tokens"
@@ -90,6 +92,31 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(
             f"backend=ndif exchanges the residual stream after single layers, denoising; got site={site.name}, "
             f"site.window={site.window}, direction={direction}: use backend=local for these"
+        )
+
+
+def _check_knockout(settings: RunSettings) -> None:
+    """Cutting attention is something else than exchanging states: which other settings go with it."""
+    granularity, site, direction = settings.granularity, settings.site, settings.direction.name
+    if granularity.edges is not None and granularity.name != "edge":
+        raise ConfigError(f"granularity.edges goes with granularity=edge, not with granularity={granularity.name}")
+    if granularity.name not in ("edge", "early_text_only"):
+        return
+    sites = ("attn", "head") if granularity.name == "edge" else ("attn",)
+    if direction != "noising" or site.name not in sites:
+        raise ConfigError(
+            f"granularity={granularity.name} cuts attention in the clean run: expected direction=noising and "
+            f"site={' or '.join(sites)}, got direction={direction}, site={site.name}"
+        )
+    if granularity.name == "early_text_only" and site.window != 1:
+        raise ConfigError(
+            f"granularity=early_text_only cuts all layers up to one; got site.window={site.window}, use 1"
+        )
+    check_edges(granularity.edges or ())
+    if site.name == "head" and len(granularity.edges or ()) != 1:
+        raise ConfigError(
+            "granularity=edge with site=head cuts one edge, head by head: name it, for example "
+            "granularity.edges=[audio-last]"
         )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine import ReplayEngine
 from lalm_patch.engine.choose import replay_obstacle
+from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import bytes_per_token
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
@@ -26,6 +27,7 @@ from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
+from lalm_patch.segments import check_present
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.transcripts import Transcripts
@@ -69,9 +71,12 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     targets = lalm.target_ids(prompt, layout, settings.prompt.target)
     waveform, example = _example(records)
     tokens, _ = lalm.inputs(waveform, prompt, layout)
-    place = place_in(lalm, settings.site)
+    place = place_in(lalm, settings.site, settings.granularity)
     check_sites(lalm, [place.site])
+    if place.knockout:
+        check_cuts(lalm)
     layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
+    check_present(place.edges, tokens.segments)
     grid = make_grid(settings.granularity.name, tokens, layers, place)
     obstacle = replay_obstacle(lalm)
     there = settings.backend.name == "ndif"

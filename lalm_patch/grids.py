@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions import Cut, Intervention, Patch, Site
 from lalm_patch.models.tokens import TokenTable
-from lalm_patch.settings import SiteSettings
+from lalm_patch.segments import edge, edge_names, has_edge
+from lalm_patch.settings import GranularitySettings, SiteSettings
 
 if TYPE_CHECKING:
     from lalm_patch.models import LALM
@@ -43,8 +44,8 @@ class Grid:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers patched anywhere in the grid, ascending."""
-        return tuple(sorted({patch.layer for cell in self.cells for patch in cell.patches}))
+        """The layers changed anywhere in the grid, ascending."""
+        return tuple(sorted({part.layer for cell in self.cells for part in (*cell.patches, *cell.cuts)}))
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -74,6 +75,20 @@ def segment_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "segment"), coords, cells)
 
 
+def edge_grid(tokens: TokenTable, layers: Sequence[int], edges: Sequence[str] = ()) -> Grid:
+    """Attention between two segments cut in one layer, for each (layer, edge); without edges, all of the prompt's."""
+    names = tuple(edges) or edge_names(tokens.segments)
+    present = [name for name in names if has_edge(name, tokens.segments)]
+    cells = tuple(Intervention(cuts=[edge(tokens, name, layer)]) for layer in layers for name in present)
+    return Grid(("layer", "edge"), {"layer": np.asarray(layers), "edge": np.array(present, object)}, cells)
+
+
+def early_text_only_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """No text position attends to the audio in a layer and all below it, for each layer (arXiv 2603.13768, 5.3)."""
+    cells = [Intervention(cuts=[edge(tokens, AUDIO_TEXT, low) for low in range(layer + 1)]) for layer in layers]
+    return Grid(("layer",), {"layer": np.asarray(layers)}, tuple(cells))
+
+
 @dataclass(frozen=True)
 class Place:
     """What of a layer is patched, and in how many layers at once.
@@ -83,17 +98,28 @@ class Place:
         window: layers patched together: a cell's own and the ones above it, as far as there are any.
         num_layers: decoder layers of the model.
         num_heads: attention heads of each.
+        knockout: whether attention is cut, and no state exchanged.
+        edges: which edges are cut; empty for all.
     """
 
     site: Site = Site.RESID
     window: int = 1
     num_layers: int = 0
     num_heads: int = 0
+    knockout: bool = False
+    edges: tuple[str, ...] = ()
+
+    def layers_from(self, layer: int) -> range:
+        """The layers of the window that begins at one."""
+        return range(layer, min(layer + self.window, self.num_layers))
 
 
-def place_in(lalm: LALM, site: SiteSettings) -> Place:
+def place_in(lalm: LALM, site: SiteSettings, granularity: GranularitySettings | None = None) -> Place:
     """The place that settings name, in a model."""
-    return Place(Site(site.name), site.window, lalm.num_layers, lalm.num_heads)
+    place = Place(Site(site.name), site.window, lalm.num_layers, lalm.num_heads)
+    if granularity is None or granularity.name not in KNOCKOUTS:
+        return place
+    return replace(place, knockout=True, edges=tuple(granularity.edges or ()))
 
 
 def at_place(grid: Grid, place: Place) -> Grid:
@@ -103,22 +129,33 @@ def at_place(grid: Grid, place: Place) -> Grid:
     heads = tuple(range(place.num_heads)) if place.site is Site.HEAD else (None,)
     cells = tuple(
         Intervention(
-            Patch(layer, patch.positions, place.site, head)
-            for patch in cell.patches
-            for layer in range(patch.layer, min(patch.layer + place.window, place.num_layers))
+            (
+                Patch(layer, patch.positions, place.site, head)
+                for patch in cell.patches
+                for layer in place.layers_from(patch.layer)
+            ),
+            (Cut(layer, c.targets, c.sources, head) for c in cell.cuts for layer in place.layers_from(c.layer)),
         )
         for cell in grid.cells
         for head in heads
     )
     if place.site is not Site.HEAD:
         return Grid(grid.dims, grid.coords, cells)
-    return Grid((*grid.dims, "head"), grid.coords | {"head": np.arange(place.num_heads)}, cells)
+    # Single heads are asked about one edge: it needs no dimension.
+    dims = tuple(dim for dim in grid.dims if dim != "edge")
+    coords = {dim: grid.coords[dim] for dim in dims} | {"head": np.arange(place.num_heads)}
+    return Grid((*dims, "head"), coords, cells)
 
 
+KNOCKOUTS = ("edge", "early_text_only")
+"""Granularities that cut attention."""
+AUDIO_TEXT = "audio-text"
 GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
     "layer": layer_grid,
     "token": token_grid,
     "segment": segment_grid,
+    "edge": edge_grid,
+    "early_text_only": early_text_only_grid,
 }
 
 
@@ -150,5 +187,7 @@ def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int], place
     """
     if granularity not in GRANULARITIES:
         raise ConfigError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    if granularity == "edge" and place is not None:
+        return at_place(edge_grid(tokens, layers, place.edges), place)
     grid = GRANULARITIES[granularity](tokens, layers)
     return grid if place is None else at_place(grid, place)

@@ -60,26 +60,63 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Intervention:
-    """What one cell of a grid does: a set of patches, kept in the order in which a forward pass meets them.
+class Cut:
+    """Do not let these positions attend to those: attention knockout (Geva et al., arXiv 2304.14767).
 
-    The empty intervention is the corrupted run itself.
+    Their scores are removed before the softmax, so that the other positions share all of the weight.
+
+    Attributes:
+        layer: index of the decoder layer, from 0.
+        targets: positions that look, ascending.
+        sources: positions they must not see, ascending; none of them a target, one at least before the last target.
+        head: in which attention head, from 0; None for all heads.
     """
 
-    patches: tuple[Patch, ...] = ()
+    layer: int
+    targets: tuple[int, ...]
+    sources: tuple[int, ...]
+    head: int | None = None
 
-    def __init__(self, patches: Iterable[Patch] = ()) -> None:
-        object.__setattr__(self, "patches", tuple(sorted(patches, key=lambda patch: patch.moment)))
+    def __post_init__(self) -> None:
+        if self.layer < 0 or (self.head or 0) < 0:
+            raise ValueError(f"layers and heads are counted from 0, got layer {self.layer}, head {self.head}")
+        for positions in (self.targets, self.sources):
+            if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0:
+                raise ValueError(f"positions must be ascending, distinct and not negative, got {positions}")
+        if set(self.targets) & set(self.sources):
+            raise ValueError(f"a position must see itself: {self.targets} and {self.sources} overlap")
+        if self.sources[0] > self.targets[-1]:
+            raise ValueError(f"causal attention: none of {self.targets} sees any of {self.sources} anyway")
 
     @property
     def entry_layer(self) -> int:
-        """The first layer that has to be computed: everything below is the corrupted run's."""
-        return min(patch.entry_layer for patch in self.patches)
+        """The first layer that has to be computed."""
+        return self.layer
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What one cell of a grid does: patches, in the order in which a forward pass meets them, and cuts.
+
+    The empty intervention is the run itself into which others are patched.
+    """
+
+    patches: tuple[Patch, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    def __init__(self, patches: Iterable[Patch] = (), cuts: Iterable[Cut] = ()) -> None:
+        object.__setattr__(self, "patches", tuple(sorted(patches, key=lambda patch: patch.moment)))
+        object.__setattr__(self, "cuts", tuple(sorted(cuts, key=lambda cut: cut.layer)))
+
+    @property
+    def entry_layer(self) -> int:
+        """The first layer that has to be computed: everything below is the unpatched run's."""
+        return min(part.entry_layer for part in (*self.patches, *self.cuts))
 
     @property
     def first_position(self) -> int:
         """The first position whose states change; earlier ones keep theirs (causal attention)."""
-        return min(patch.positions[0] for patch in self.patches)
+        return min([patch.positions[0] for patch in self.patches] + [cut.targets[0] for cut in self.cuts])
 
     def at(self, layer: int) -> tuple[Patch, ...]:
         """The patches of one layer."""

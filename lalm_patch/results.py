@@ -11,16 +11,22 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.metrics import Exclusion, share_moved
-from lalm_patch.models.tokens import segments_of
 from lalm_patch.netcdf import clean_text
+from lalm_patch.segments import has_edge, segments_of
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
 
-_AXES = {"layer": "decoder layer, from 0", "head": "attention head, from 0", "segment": "segment of the text"}
+_AXES = {
+    "layer": "decoder layer, from 0",
+    "head": "attention head, from 0",
+    "segment": "segment of the text",
+    "edge": "attention that is cut",
+}
 _MISSING_CELL = "NaN: the sample is excluded (see `exclusion`)"
 _MISSING = {
     "token": f"{_MISSING_CELL}, or its text has fewer tokens than the longest one",
     "segment": f"{_MISSING_CELL}, or its text lacks the segment",
+    "edge": f"{_MISSING_CELL}, or its text lacks one of the segments",
 }
 
 
@@ -124,9 +130,11 @@ def _places(
 ) -> list[np.ndarray]:
     """Where a sample's cells belong along each dimension of the run's grid; a clip may lack a segment of others."""
     places = [np.arange(length) for length in shape]
-    if "segment" in dims:
-        known, own = list(coords["segment"]), segments_of(sample.meta["token_roles"])
-        places[list(dims).index("segment")] = np.array([known.index(name) for name in own], dtype=int)
+    segments = segments_of(sample.meta["token_roles"])
+    present = {"segment": segments.__contains__, "edge": lambda name: has_edge(name, segments)}
+    for axis, dim in enumerate(dims):
+        if dim in present:
+            places[axis] = np.flatnonzero([present[dim](str(name)) for name in coords[dim]])
     return places
 
 

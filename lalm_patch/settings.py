@@ -58,10 +58,18 @@ class AttributeSettings:
 
 @dataclass
 class GranularitySettings:
-    """What is patched at once (`conf/granularity/*.yaml`), and in which layers (null: all)."""
+    """What is changed at once (`conf/granularity/*.yaml`).
+
+    Attributes:
+        name: layer (all text positions), token (one), segment (all of a segment), edge (attention between two segments
+            is cut), or early_text_only (attention of the text to the audio is cut up to a layer).
+        layers: in which decoder layers; null for all.
+        edges: of granularity=edge, which ones, as SOURCE-TARGET; null for all; site=head takes exactly one.
+    """
 
     name: str = MISSING
     layers: list[int] | None = None
+    edges: list[str] | None = None
 
 
 @dataclass

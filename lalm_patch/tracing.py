@@ -23,6 +23,7 @@ from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import TOLERANCES, make_pair, prove
 from lalm_patch.progress import Progress
+from lalm_patch.segments import check_present
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record, corrupt
 from lalm_patch.transcripts import Transcripts
@@ -77,7 +78,7 @@ class Tracer:
         self.layout = settings.prompt.layout or settings.model.prompt_layout
         fixed = Prompt.from_attribute(attribute)
         self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
-        self.place = place_in(lalm, settings.site)
+        self.place = place_in(lalm, settings.site, settings.granularity)
         self.noising = settings.direction.name == "noising"
         self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
         self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
@@ -85,6 +86,7 @@ class Tracer:
         self.checks: list[Check] = []
         self.engine: Engine
         example = self._open(replace(fixed, transcript=self.transcripts.example))
+        check_present(self.place.edges, example.segments)
         grid = self.grid(example)
         self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lalm_patch.checks import Check
+from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.direct import DirectEngine
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
+from lalm_patch.grids import Grid, Place, at_place, edge_grid, layer_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.settings import EngineSettings
@@ -69,6 +70,8 @@ def choose_engine(
             engine's numbers.
     """
     check_sites(lalm, [place.site])
+    if place.knockout:
+        check_cuts(lalm)
     engine, checks = _choose(lalm, settings, pair, option_ids, tolerance, place)
     if place.site is not Site.RESID:
         checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
@@ -138,15 +141,21 @@ def _choose(
 
 def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place) -> Check:
     """Compare the engines on a few random cells of both kinds of grid."""
-    grid = _random_cells(pair.noise, range(replay.lalm.num_layers), place)
+    grid = _random_cells(pair.noise, range(replay.lalm.num_layers), place, place.knockout)
     fast = replay.sweep(pair.noise, pair.silence, grid, ids).probabilities
     slow = DirectEngine(replay.lalm).sweep(pair.noise, pair.silence, grid, ids).probabilities
     return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)
 
 
-def _random_cells(encoding: Encoding, layers: range, place: Place) -> Grid:
-    """A few cells, seeded, of the layer-wise and the token-wise grid."""
-    grids = (at_place(make(encoding.tokens, layers), place) for make in (layer_grid, token_grid))
+def _random_cells(encoding: Encoding, layers: range, place: Place, knockout: bool = False) -> Grid:
+    """A few cells, seeded, of the layer-wise and the token-wise grid; for knockout, of edges that are cut."""
+    tokens = encoding.tokens
+    made = (
+        [edge_grid(tokens, layers, place.edges)]
+        if knockout
+        else [layer_grid(tokens, layers), token_grid(tokens, layers)]
+    )
+    grids = [at_place(grid, place) for grid in made]
     cells = tuple(cell for grid in grids for cell in grid.cells)
     chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
     return Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))

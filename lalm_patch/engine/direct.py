@@ -6,11 +6,13 @@ It starts from the audio and uses nothing that any other engine computes. It is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
 
+from lalm_patch.engine.cuts import check_cuts, masks
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import columns, overwrite, states_at
 from lalm_patch.grids import Grid
@@ -59,7 +61,9 @@ class DirectEngine:
     ) -> Readout:
         """One row per intervention: the corrupted run with the intervention's states taken from the clean run."""
         places = {(patch.layer, patch.site) for intervention in interventions for patch in intervention.patches}
-        source = self.states(clean, places)
+        if any(intervention.cuts for intervention in interventions):
+            check_cuts(self.lalm)
+        source = self.states(clean, places) if places else {}
         rows = []
         for intervention in interventions:
             rows.append(self._patched(corrupted, intervention, source))
@@ -82,12 +86,19 @@ class DirectEngine:
     def _patched(
         self, corrupted: Encoding, intervention: Intervention, source: dict[tuple[int, Site], Tensor]
     ) -> Tensor:
-        layers = self.lalm.layers
-        heads = [columns(self.lalm, patch.head) for patch in intervention.patches]
+        layers: list[Any] = self.lalm.layers
+        masked = masks(self.lalm, intervention.cuts, len(corrupted.tokens))
+        # Within a layer a forward pass meets the attention's mask before any site.
+        steps = sorted([*masked, *(patch.layer for patch in intervention.patches)])
         with torch.no_grad(), self.lalm.traced.trace(**corrupted.inputs):
-            for patch, head in zip(intervention.patches, heads, strict=True):
-                where = list(patch.positions)
-                states = source[patch.layer, patch.site][0, where, head]
-                overwrite(layers[patch.layer], patch.site, head, where, states)
+            for layer in dict.fromkeys(steps):
+                if layer in masked:
+                    args, kwargs = layers[layer].self_attn.inputs
+                    layers[layer].self_attn.inputs = args, kwargs | {"attention_mask": masked[layer]}
+                for patch in intervention.at(layer):
+                    where = list(patch.positions)
+                    head = columns(self.lalm, patch.head)
+                    states = source[patch.layer, patch.site][0, where, head]
+                    overwrite(layers[layer], patch.site, head, where, states)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lalm_patch.engine.cuts import blocked_edges, check_cuts
 from lalm_patch.engine.direct import Progress, ignore_progress
 from lalm_patch.engine.memory import GIB, free_budget, is_out_of_memory, tokens_within
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
-from lalm_patch.engine.suffix_attention import KeyValue, SuffixLayout, suffix_attention_in
+from lalm_patch.engine.suffix_attention import Blocked, KeyValue, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid
 from lalm_patch.interventions import Intervention, Site
@@ -103,6 +104,8 @@ class ReplayEngine:
         """
         self._sites |= {patch.site for cell in grid.cells for patch in cell.patches}
         check_sites(self.lalm, self._sites)
+        if any(cell.cuts for cell in grid.cells):
+            check_cuts(self.lalm)
         source, base = self._source_run(clean), self._corrupted_run(corrupted)
         length = len(corrupted.tokens)
         budget = free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
@@ -238,7 +241,13 @@ class ReplayEngine:
         positions = torch.arange(len(rows)) + (length - ends)[rows]
         window_start = int(starts[0])
         slots = rows * (length - window_start) + positions - window_start
-        suffixes = SuffixLayout(base.prefix, window_start, length, _on(slots, entering.device), len(starts))
+        cuts = blocked_edges(pack.cells, ends.tolist(), length, window_start, self.lalm.num_heads)
+        blocked = {
+            layer: Blocked(*(_on(part, base.prefix[layer][0].device) for part in (edges.prefix, edges.window)))
+            for layer, edges in cuts.items()
+        }
+        slots = _on(slots, entering.device)
+        suffixes = SuffixLayout(base.prefix, window_start, length, slots, len(starts), blocked)
         writes = self._writes(pack, ends.tolist(), source, [state.device for state in base.entering[1:]], length)
         entering = entering.index_select(0, _on(positions - base.first, entering.device))[None]
         position_ids = corrupted.position_ids[..., _on(positions, corrupted.position_ids.device)]

@@ -16,7 +16,7 @@ parts are ordinary attentions with a softmax of their own; their log-sum-exps sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,19 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class Blocked:
+    """Edges that a layer's attention lacks (attention knockout), True where a query must not see a key.
+
+    Attributes:
+        prefix: [heads or 1, tokens, window_start], each token of a pack and the shared prefix.
+        window: [heads or 1, suffixes, window, window], queries and keys inside the window.
+    """
+
+    prefix: Tensor
+    window: Tensor
+
+
+@dataclass(frozen=True)
 class SuffixLayout:
     """Where each token of a pack stands.
 
@@ -42,6 +55,7 @@ class SuffixLayout:
         slots: [tokens] int64, where a token stands in the table of windows: its suffix times the window's length, plus
             its position counted from `window_start`.
         num_rows: number of suffixes.
+        blocked: edges that are cut, by layer.
     """
 
     prefix: Sequence[KeyValue]
@@ -49,6 +63,7 @@ class SuffixLayout:
     length: int
     slots: Tensor
     num_rows: int
+    blocked: Mapping[int, Blocked] = field(default_factory=dict)
     _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @property
@@ -107,6 +122,7 @@ def suffix_attention(
     # Key-value heads are the batch, the query heads that share one are the heads: keys are never repeated.
     queries = query.view(groups, share, tokens, size)
 
+    cut = suffixes.blocked.get(layer)
     own_queries = query.new_zeros(groups, rows * window, share, size)
     own_queries.index_copy_(1, slots, queries.transpose(1, 2))
     own_out, own_total = attend(
@@ -115,12 +131,17 @@ def suffix_attention(
         _window_table(prefix_values, value[0], suffixes, slots),
         scale,
         causal=True,
+        blocked=None if cut is None else _for_groups(cut.window, groups, share).flatten(0, 1),
     )
     own_out = own_out.transpose(1, 2).reshape(groups, rows * window, share, value_size).index_select(1, slots)
     own_total = own_total.transpose(1, 2).reshape(groups, rows * window, share).index_select(1, slots)
     if suffixes.window_start:
         out, total = attend(
-            queries, prefix_keys[:, : suffixes.window_start], prefix_values[:, : suffixes.window_start], scale
+            queries,
+            prefix_keys[:, : suffixes.window_start],
+            prefix_values[:, : suffixes.window_start],
+            scale,
+            blocked=None if cut is None else _for_groups(cut.prefix[:, None], groups, share)[:, 0],
         )
         # The share of the whole softmax that falls on the window.
         weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1)
@@ -128,7 +149,17 @@ def suffix_attention(
     return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+def _for_groups(blocked: Tensor, groups: int, share: int) -> Tensor:
+    """Edges [heads or 1, rows, queries, keys] as [groups, rows, heads of a group or 1, queries, keys]."""
+    heads, *others = blocked.shape
+    if heads == 1:
+        return blocked[:, :, None].expand(groups, others[0], 1, *others[1:])
+    return blocked.view(groups, share, *others).transpose(1, 2)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False, blocked: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of its softmax's denominator.
 
     Args:
@@ -137,22 +168,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
         value: as `key`; its head size may differ.
         scale: factor on the scores.
         causal: query i sees keys up to i.
+        blocked: [batch, heads or 1, queries, keys], True where a query does not see a key; a query that sees none
+            gets zeros and a logarithm of minus infinity.
 
     Returns:
         [batch, heads, queries, head size] in the query's type, and [batch, heads, queries] in float32.
     """
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and blocked is None:
         shape = (-1, query.shape[1], -1, -1)
         # The kernel behind `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key[:, None].expand(shape), value[:, None].expand(shape), 0.0, causal, scale=scale
         )
         return out, total
-    return attend_plainly(query, key, value, scale, causal)
+    return attend_plainly(query, key, value, scale, causal, blocked)
 
 
 def attend_plainly(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False, blocked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, by its definition and on any device; softmax in float32."""
     batch, heads, queries, size = query.shape
@@ -163,8 +196,11 @@ def attend_plainly(
     if causal:
         future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, float("-inf"))
     total = scores.logsumexp(-1)
-    weights = scores.sub_(total.unsqueeze(-1)).exp_().to(value.dtype)
+    # Where nothing is seen the scores stay minus infinity, and their exponentials 0.
+    weights = scores.sub_(total.clamp_min(torch.finfo(total.dtype).min).unsqueeze(-1)).exp_().to(value.dtype)
     return torch.bmm(weights.view(batch, heads * queries, keys), value).view(batch, heads, queries, -1), total
 
 

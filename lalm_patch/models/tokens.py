@@ -14,21 +14,14 @@ Roles, in the order in which they occur in a prompt:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lalm_patch.errors import ModelError
-
-ROLES = ("pre", "audio", "transcript", "early", "object", "late", "template", "last")
-
-
-def segments_of(roles: Iterable[str]) -> tuple[str, ...]:
-    """The segments that tokens with these roles make up, in the order of `ROLES`."""
-    found = set(roles)
-    return tuple(role for role in ROLES if role in found)
+from lalm_patch.segments import ROLES, segments_of
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class Score:
         auroc: probability that a planted cell's mean recovery is larger (in size) than an empty cell's.
         layer: whether the largest cell (before the last token) is a planted one; of a layer-wise run, whether the
             steepest rise is in a planted layer.
-        position: whether the position (or segment) of the largest cell before the last token is a planted one; of single
-            heads, whether the head of the largest cell is.
+        position: whether the position (or segment) of the largest cell before the last token is a planted one; of
+            single heads, whether the head of the largest cell is.
         depth: estimated fusion depth in layers.
         depth_error: distance of the estimate from the planted layers; infinite for an estimate that does not exist.
         covered: whether the interval holds the depth of the whole population of clips.
