@@ -1,7 +1,7 @@
 """Segments of a prompt by the roles of its tokens, and attention edges between them.
 
-An edge `audio-last` is attention of the last position to the audio: what would flow from the one to the other. `text` as a
-target stands for all positions after the audio.
+An edge `audio-last` is attention of the last position to the audio: what would flow from the one to the other. The
+target `text` stands for all positions after the audio.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def edge(tokens: TokenTable, name: str, layer: int) -> Cut:
 
 
 def has_edge(name: str, segments: Sequence[str]) -> bool:
-    """Whether a prompt with these segments has an edge."""
-    source, _, target = name.partition("-")
+    """Whether a prompt with these segments has an edge; what follows a blank (`audio-last head 3`) does not matter."""
+    source, _, target = name.partition(" ")[0].partition("-")
     return source in (AUDIO, *segments) and target in (TEXT, *segments)
 
 

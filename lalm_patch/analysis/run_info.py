@@ -25,6 +25,7 @@ class About:
         window: layers exchanged together.
         direction: `denoising` or `noising`.
         corruption: what the corrupted run hears: `silence`, or another.
+        knockout: which attention was cut, in words; empty where states were exchanged.
         metric: what the rate is of: `probability` of the answer, or another that `with_metric` put in its place.
     """
 
@@ -38,6 +39,7 @@ class About:
     direction: str = "denoising"
     corruption: str = "silence"
     metric: str = "probability"
+    knockout: str = ""
 
     @property
     def title(self) -> str:
@@ -48,6 +50,7 @@ class About:
     def departs(self) -> str:
         """In what the run departs from the paper's method (site, window, direction, corruption, metric), if in any."""
         parts = [
+            self.knockout,
             "" if self.site == "resid" else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
             "" if self.direction == "denoising" else self.direction,
@@ -87,7 +90,15 @@ def about(dataset: xr.Dataset) -> About:
         str(direction.get("name", "denoising")),
         str(settings.get("corruption", {}).get("name", "silence")),
         str(dataset.attrs.get("metric", "probability")),
+        _knockout(settings.get("granularity", {})),
     )
+
+
+def _knockout(granularity: Mapping[str, Any]) -> str:
+    name, edges = granularity.get("name"), granularity.get("edges")
+    if name == "early_text_only":
+        return "no audio for early text"
+    return f"{', '.join(edges) if edges else 'attention'} cut" if name == "edge" else ""
 
 
 def run_settings(dataset: xr.Dataset) -> dict[str, Any]:

@@ -147,8 +147,8 @@ def _shown(name: str, value: float) -> str:
 
 def _sought(method: str) -> str:
     """What the column `position` is about."""
-    if method == "segment":
-        return "segment"
+    if method in ("segment", "edge"):
+        return method
     return "head" if method in METHODS and METHODS[method].site is Site.HEAD else "position"
 
 

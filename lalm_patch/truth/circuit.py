@@ -144,6 +144,12 @@ class Circuit:
         patched = self.probabilities(audio, (*interventions, Intervention()))[:, answer]
         return np.asarray(recovery_rate(patched[:-1], self.clean_probabilities(audio)[answer], patched[-1]))
 
+    def lost(self, audio: FloatArray, answer: int, interventions: Sequence[Intervention]) -> FloatArray:
+        """Share of the gap that must be lost where attention is cut in the clean run: [intervention]."""
+        cut = self._read(self._run(self._start(audio), interventions, None).after[-1])[:, answer]
+        silent = self.probabilities(audio, [Intervention()])[0, answer]
+        return np.asarray(recovery_rate(cut, silent, self.clean_probabilities(audio)[answer]))
+
     def _start(self, audio: FloatArray) -> FloatArray:
         """Registers of all positions before the first layer: [position, register, class]."""
         states = np.zeros((SINK_POSITIONS + len(audio) + self.text, len(Register), CLASSES))
@@ -163,6 +169,10 @@ class Circuit:
                     source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
                     target = first + move.target
                     looks = _attention(sizes[:, target], sizes[:, source])
+                    looks *= _seen(interventions, move, source, target)[..., None]
+                    # What is not looked at any more goes to the others; with none left, to the sink, which is empty.
+                    total = looks.sum(axis=1, keepdims=True)
+                    looks = np.divide(looks, total, out=np.zeros_like(looks), where=total > 0)
                     moved = move.gain * (looks * seen[:, source, move.reads]).sum(axis=1)
                     for row, intervention in enumerate(interventions):
                         replaced = any(_replaces(patch, move, target) for patch in intervention.at(layer))
@@ -210,6 +220,11 @@ class Window:
         last = SINK_POSITIONS + AUDIO_POSITIONS + self.text - 1
         return np.array([self._recovery(each, last) for each in interventions])
 
+    def lost(self, interventions: Sequence[Intervention]) -> FloatArray:
+        """Share of the gap that must be lost where attention is cut: 0 outside the window; NaN inside."""
+        outside = [all(not self.first <= cut.layer < self.end for cut in each.cuts) for each in interventions]
+        return np.where(outside, 0.0, np.nan)
+
     def _recovery(self, intervention: Intervention, last: int) -> float:
         layers = [patch.layer for patch in intervention.patches]
         if any(patch.site is not Site.RESID for patch in intervention.patches):
@@ -246,6 +261,16 @@ def _replaces(patch: Patch, move: Move, target: int) -> bool:
     """Whether a patch puts another run's output of this head in its place."""
     mine = patch.site is Site.ATTN or (patch.site is Site.HEAD and patch.head == move.head)
     return mine and target in patch.positions
+
+
+def _seen(interventions: Sequence[Intervention], move: Move, sources: Sequence[int], target: int) -> FloatArray:
+    """Whether each intervention leaves a head the sight of its sources: [intervention, source]."""
+    seen = np.ones((len(interventions), len(sources)))
+    for row, intervention in enumerate(interventions):
+        for cut in intervention.cuts:
+            if cut.layer == move.layer and cut.head in (None, move.head) and target in cut.targets:
+                seen[row, [source in cut.sources for source in sources]] = 0
+    return seen
 
 
 def _size(states: FloatArray) -> FloatArray:

@@ -31,7 +31,8 @@ class Measured:
 
     Attributes:
         dataset: a run's dataset, as any run of the package makes it; every clip is a group of its own.
-        grid: what was patched.
+        grid: what was patched or cut.
+        cuts: whether attention was cut in the clean run.
         audio: the kept clips' class as the decoder got it: one [audio position, class] each.
         answers: the kept clips' answers.
         spot_check: largest difference in probability from the direct engine; NaN if nothing was compared.
@@ -39,6 +40,7 @@ class Measured:
 
     dataset: xr.Dataset
     grid: Grid
+    cuts: bool
     audio: list[FloatArray]
     answers: list[int]
     spot_check: float
@@ -50,8 +52,9 @@ class Measured:
         """
         cells = self.grid.cells
         if not isinstance(truth, Circuit):
-            return truth.recovery(cells).reshape(self.grid.shape)
-        each = [truth.recovery(audio, answer, cells) for audio, answer in zip(self.audio, self.answers, strict=True)]
+            return (truth.lost if self.cuts else truth.recovery)(cells).reshape(self.grid.shape)
+        of_clip = truth.lost if self.cuts else truth.recovery
+        each = [of_clip(audio, answer, cells) for audio, answer in zip(self.audio, self.answers, strict=True)]
         return np.asarray(np.mean(each, axis=0)).reshape(self.grid.shape)
 
 
@@ -80,10 +83,11 @@ def measure(
         reason = exclusion(base, lalm.option_ids, answer, "vocabulary")
         arrays = readout_arrays("base", base, (2,))
         if reason is Exclusion.KEPT:
-            swept = engine.sweep(clean, corrupted, grid, lalm.option_ids, progress)
+            source, target = (corrupted, clean) if method.cuts else (clean, corrupted)
+            swept = engine.sweep(source, target, grid, lalm.option_ids, progress)
             arrays |= readout_arrays("patched", swept, grid.shape)
             if method.exact and not answers:
-                spot_check = _spot_check(oracle, clean, corrupted, grid, swept, lalm.option_ids)
+                spot_check = _spot_check(oracle, source, target, grid, swept, lalm.option_ids)
             audio.append(lalm.audio_register(clean))
             answers.append(answer)
         else:
@@ -92,18 +96,25 @@ def measure(
         records.append(SampleRecord(f"clip{index}", arrays, meta))
     settings = {"model": {"name": name}, "attr": {"name": "class"}, "granularity": {"name": method.name}, "seed": 0}
     settings["site"] = {"name": str(method.site)}
-    attributes = {"model_layers": lalm.num_layers, "settings": json.dumps(settings), "model_id": lalm.id}
+    direction = "noising" if method.cuts else "denoising"
+    settings["direction"] = {"name": direction}
+    attributes = {
+        "direction": direction,
+        "model_layers": lalm.num_layers,
+        "settings": json.dumps(settings),
+        "model_id": lalm.id,
+    }
     options = [str(option) for option in range(len(lalm.option_ids))]
     dataset = build_dataset(records, options, grid.dims, grid.coords, attributes)
-    return Measured(dataset, grid, audio, answers, spot_check)
+    return Measured(dataset, grid, method.cuts, audio, answers, spot_check)
 
 
 def _spot_check(
-    oracle: DirectEngine, clean: Encoding, corrupted: Encoding, grid: Grid, swept: Readout, ids: tuple[int, ...]
+    oracle: DirectEngine, source: Encoding, target: Encoding, grid: Grid, swept: Readout, ids: tuple[int, ...]
 ) -> float:
     """Largest difference in probability from the direct engine: the cell that changes most, and one at random."""
-    unpatched = oracle.base(clean, corrupted, ids).probabilities[1]
+    unpatched = oracle.base(source, target, ids).probabilities[1]
     changed = int(np.abs(swept.probabilities - unpatched).max(axis=1).argmax())
     chosen = [changed, int(np.random.default_rng(len(grid.cells)).integers(len(grid.cells)))]
-    direct = oracle.cells(clean, corrupted, [grid.cells[i] for i in chosen], ids)
+    direct = oracle.cells(source, target, [grid.cells[i] for i in chosen], ids)
     return float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())

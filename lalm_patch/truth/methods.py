@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 from lalm_patch.engine import Progress, Readout, ReplayEngine
 from lalm_patch.errors import ConfigError
 from lalm_patch.grids import GRANULARITIES, Grid, Place, at_place
-from lalm_patch.interventions import Site
+from lalm_patch.interventions import Intervention, Site
 from lalm_patch.models import LALM, Encoding, TokenTable
+from lalm_patch.segments import TEXT, edge, edge_names
 from lalm_patch.truth.circuit import HEADS
 
 
@@ -35,6 +38,7 @@ class Method:
         grid: what is patched; the first dimension is `layer`.
         engine: what carries it out on a model.
         site: where in a layer the grid patches.
+        cuts: whether attention is cut in the clean run, instead of states put into the silent one.
         exact: whether the cells are those of the direct engine up to rounding; then some are computed again with it.
     """
 
@@ -42,6 +46,7 @@ class Method:
     grid: Callable[[TokenTable, Sequence[int]], Grid]
     engine: Callable[[LALM], Sweeper] = ReplayEngine
     site: Site = Site.RESID
+    cuts: bool = False
     exact: bool = True
 
 
@@ -76,7 +81,21 @@ def head_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return at_place(GRANULARITIES["layer"](tokens, layers), Place(Site.HEAD, 1, len(layers), HEADS))
 
 
+def edge_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """Single edges between segments, cut in single heads of a planted model, for each (layer, edge and head)."""
+    names = [name for name in edge_names(tokens.segments) if not name.endswith(TEXT)]
+    cells = [
+        Intervention(cuts=[replace(edge(tokens, name, layer), head=head)])
+        for layer in layers
+        for name in names
+        for head in range(HEADS)
+    ]
+    columns = np.array([f"{name} head {head}" for name in names for head in range(HEADS)], object)
+    return Grid(("layer", "edge"), {"layer": np.asarray(layers), "edge": columns}, tuple(cells))
+
+
 register(Method("layer", GRANULARITIES["layer"]))
 register(Method("token", GRANULARITIES["token"]))
 register(Method("segment", GRANULARITIES["segment"]))
 register(Method("head", head_grid, site=Site.HEAD))
+register(Method("edge", edge_grid, site=Site.HEAD, cuts=True))

@@ -73,7 +73,7 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
     mean = recovery["mean"].transpose("layer", ...).values
     if not np.isfinite(mean).all():
         return None
-    if "head" in recovery.dims:
+    if not {"head", "edge"}.isdisjoint(recovery.dims):
         return _score_heads(run, mean, expected)
     by_place = mean.ndim > 1  # tokens or segments; the last of them is where the answer is read
     truth = expected[:, -1] if by_place else expected

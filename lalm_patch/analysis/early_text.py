@@ -1,0 +1,46 @@
+"""What is left of the answers when lower layers let no text position attend to the audio."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from lalm_patch.analysis.alignment import kept_samples
+from lalm_patch.analysis.recovery import group_names, mean_over_samples
+from lalm_patch.analysis.resampling import CONFIDENCE
+from lalm_patch.analysis.run_info import about, run_settings
+
+
+def accuracy_without_early_audio(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
+    """Share of clips still answered right where text attends to audio above a layer only (arXiv 2603.13768, 5.3).
+
+    Only clips that count were run, and these are right in the clean run: 1 is what the whole model has on them.
+
+    Args:
+        dataset: dataset of a run with granularity=early_text_only.
+        confidence: of the intervals.
+
+    Returns:
+        Along `layer`, the highest layer whose text does not attend to the audio: `accuracy` with `low`, `high`, `n`;
+        and `saved`, the share of the decoder's attention scores that need not be computed: text positions times audio
+        positions in the layers up to this one, of the N (N + 1) / 2 pairs of N positions in each of all layers.
+
+    Raises:
+        ValueError: another granularity.
+    """
+    if run_settings(dataset).get("granularity", {}).get("name") != "early_text_only":
+        raise ValueError("accuracy without early audio needs a run with granularity=early_text_only")
+    kept = kept_samples(dataset)
+    options = kept["option"].values.astype(str)
+    logits = kept["option_logit_patched"].transpose("sample", "layer", "option")
+    right = options[logits.values.argmax(axis=-1)] == kept["label"].values.astype(str)[:, None]
+    values = xr.DataArray(right.astype(np.float64), dims=("sample", "layer"), coords={"layer": kept["layer"]})
+    found = mean_over_samples(values, group_names(kept), confidence, about(dataset).seed)
+    positions = kept["positions"].astype(np.float64)
+    text = positions - kept["first_text_position"]
+    share = text * kept["audio_positions"] / (positions * (positions + 1) / 2)
+    saved = share.mean("sample") * (kept["layer"] + 1) / about(dataset).layers
+    table = found.rename(mean="accuracy").assign(saved=saved)
+    table["accuracy"].attrs["long_name"] = "share of clips still answered right"
+    table["saved"].attrs = {"long_name": "share of attention scores saved", "units": "1"}
+    return table
