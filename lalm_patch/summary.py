@@ -81,9 +81,9 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     kept = dataset.isel(sample=np.flatnonzero(dataset["kept"].values))
     line = over_layers(recovery)
     info = about(dataset)
-    place = "all text positions" if info.site == "resid" else f"{info.site} at all text positions"
+    exchanged = "all text positions" if info.site == "resid" else f"{info.site} at all text positions"
     column = f"the best {info.granularity} of each layer"
-    where = {"token": "at the last token", "layer": place}.get(info.granularity, column)
+    where = {"token": "at the last token", "layer": info.knockout or exchanged}.get(info.granularity, column)
     what = "lost    " if info.direction == "noising" else "recovery"
     half = next((cell for cell in line if cell.mean > 0.5), None)
     reached = "never" if half is None else f"from layer {half.layer}"

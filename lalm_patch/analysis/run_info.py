@@ -51,9 +51,9 @@ class About:
         """In what the run departs from the paper's method (site, window, direction, corruption, metric), if in any."""
         parts = [
             self.knockout,
-            "" if self.site == "resid" else self.site,
+            "" if self.site in ("resid", "attn" if self.knockout else "") else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
-            "" if self.direction == "denoising" else self.direction,
+            "" if self.direction == "denoising" or self.knockout else self.direction,
             "" if self.corruption == "silence" else self.corruption,
             "" if self.metric == "probability" else self.metric.replace("_", " "),
         ]

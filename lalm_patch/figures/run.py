@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lalm_patch.analysis import about, mean_recovery, planted_window, segments, why_none_counts
+from lalm_patch.analysis.early_text import accuracy_without_early_audio
 from lalm_patch.figures.style import ROLE_COLOURS, canvas, label, save, styled, words
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     if not np.isnan(low).all():
         axes.fill_between(layers, low, high, color=blue, alpha=0.25, lw=0, zorder=2, label="95 % interval")
     axes.plot(layers, mean, color=blue, lw=1.6, marker="o", ms=3.5, zorder=3, label="mean")
+    if about(dataset).knockout:
+        table = accuracy_without_early_audio(dataset)
+        orange = seaborn.color_palette("colorblind")[1]
+        text = f"clips still right (scores saved: {float(table['saved'].max()):.0%} in all layers)"
+        axes.plot(layers, table["accuracy"], color=orange, lw=1.4, marker="s", ms=3.5, zorder=3, label=text)
     axes.set(xlabel="decoder layer", ylabel=about(dataset).measure, ylim=(bottom, top))
     axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
