@@ -42,16 +42,6 @@ class Grid:
         """Lengths of the dimensions."""
         return tuple(len(self.coords[dim]) for dim in self.dims)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers changed anywhere in the grid, ascending."""
-        return tuple(sorted({part.layer for cell in self.cells for part in (*cell.patches, *cell.cuts)}))
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """The positions patched anywhere in the grid, ascending."""
-        return tuple(sorted({p for cell in self.cells for patch in cell.patches for p in patch.positions}))
-
 
 def layer_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     """All text positions of one layer's output at once, for each layer."""

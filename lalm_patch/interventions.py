@@ -111,7 +111,7 @@ class Intervention:
     @property
     def entry_layer(self) -> int:
         """The first layer that has to be computed: everything below is the unpatched run's."""
-        return min(part.entry_layer for part in (*self.patches, *self.cuts))
+        return min([patch.entry_layer for patch in self.patches] + [cut.entry_layer for cut in self.cuts])
 
     @property
     def first_position(self) -> int:

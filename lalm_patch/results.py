@@ -131,10 +131,11 @@ def _places(
     """Where a sample's cells belong along each dimension of the run's grid; a clip may lack a segment of others."""
     places = [np.arange(length) for length in shape]
     segments = segments_of(sample.meta["token_roles"])
-    present = {"segment": segments.__contains__, "edge": lambda name: has_edge(name, segments)}
     for axis, dim in enumerate(dims):
-        if dim in present:
-            places[axis] = np.flatnonzero([present[dim](str(name)) for name in coords[dim]])
+        if dim == "segment":
+            places[axis] = np.flatnonzero([name in segments for name in coords[dim]])
+        elif dim == "edge":
+            places[axis] = np.flatnonzero([has_edge(str(name), segments) for name in coords[dim]])
     return places
 
 

@@ -122,8 +122,8 @@ class CorruptionSettings:
     """What the corrupted run hears instead of the clip (`conf/corruption/*.yaml`).
 
     Attributes:
-        name: silence (exact zeros), dither (the quietest noise), noise (white, of the clip's level) or time_shuffle
-            (the clip's pieces in another order); all of the clip's length.
+        name: silence (exact zeros), dither (the quietest noise), silence_floor (the clip's own background), noise
+            (white, of the clip's level) or time_shuffle (the clip's pieces in another order); all of the clip's length.
     """
 
     name: str = MISSING
@@ -254,7 +254,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "direction.name": ("denoising", "noising"),
     "data.name": ("auto", "demo", "sakura"),
     "data.bad_clips": ("stop", "exclude"),
-    "corruption.name": ("silence", "dither", "noise", "time_shuffle"),
+    "corruption.name": ("silence", "dither", "silence_floor", "noise", "time_shuffle"),
     "prompt.layout": (None, "chat", "user", "flat", "fixed"),
     "prompt.order": ("fixed", "shuffled"),
     "prompt.target": ("leading_space", "bare"),

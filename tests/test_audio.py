@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import signal
 
 from lalm_patch.errors import AudioError, ConfigError
 from lalm_patch.stimuli import CORRUPTIONS, SAMPLING_RATE, corrupt, read_audio, silence
@@ -311,5 +312,25 @@ def test_what_each_corruption_keeps_of_the_clip() -> None:
 
 
 def test_an_unknown_corruption_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="expected one of silence, dither, noise, time_shuffle, got 'fire'"):
+    with pytest.raises(ConfigError, match="expected one of silence, dither, silence_floor, noise, time_shuffle, got 'fire'"):
         corrupt(np.zeros(4, np.float32), "fire")
+
+
+def test_the_silence_floor_is_the_clips_own_background() -> None:
+    """Hiss with a loud tone in half of it: the hiss stays, with its spectrum, and the tone goes."""
+    rng = np.random.default_rng(3)
+    time = np.arange(32_000) / SAMPLING_RATE
+    sos = signal.butter(4, 2000, "lowpass", fs=SAMPLING_RATE, output="sos")
+    hiss = signal.sosfilt(sos, rng.normal(0, 0.01, time.size))
+    clip = (hiss + 0.3 * np.sin(2 * np.pi * 440 * time) * (time < 1)).astype(np.float32)
+    quiet = corrupt(clip, "silence_floor")
+    bands, of_hiss = signal.welch(hiss, SAMPLING_RATE, nperseg=512)
+    _, of_quiet = signal.welch(quiet, SAMPLING_RATE, nperseg=512)
+    _, of_clip = signal.welch(clip, SAMPLING_RATE, nperseg=512)
+    inside, tone = (bands > 100) & (bands < 1800), np.abs(bands - 440) < 40
+    ratio = of_quiet[inside].mean() / of_hiss[inside & ~tone].mean()
+    assert 0.02 < ratio < 1.5  # a tenth of the frames are below it
+    assert of_clip[tone].max() > 1e3 * of_quiet[tone].max()
+    assert of_quiet[bands > 4000].max() < 1e-2 * of_quiet[inside].mean()
+    assert corrupt(clip[:100], "silence_floor").shape == (100,)
+    assert not corrupt(np.zeros(1000, np.float32), "silence_floor").any()

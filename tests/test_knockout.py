@@ -176,7 +176,7 @@ def test_a_decoder_without_masks_is_refused(checkpoints: dict[str, Path]) -> Non
         ),
         (("granularity=edge", "direction=noising"), "site=attn or head"),
         (("granularity=early_text_only", "direction=noising", "site=head"), "site=attn, got"),
-        (("granularity=early_text_only", "direction=noising", "site=attn", "site.window=2"), "got site.window=2, use 1"),
+        (("granularity=early_text_only", "direction=noising", "site=attn", "site.window=2"), "site.window=2, use 1"),
         (("granularity=edge", "direction=noising", "site=head"), "name it"),
         (("granularity=edge", "direction=noising", "site=attn", "granularity.edges=[sound-last]"), "is no edge"),
         (("granularity=edge", "direction=noising", "site=attn", "granularity.edges=[last-object]"), "comes before"),

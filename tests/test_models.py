@@ -272,12 +272,12 @@ def test_settings_that_cannot_load(checkpoints: dict[str, Path], change: dict[st
         LALM.load(ModelSettings(**(base | change)))
 
 
-def test_missing_extra_names_the_line_to_type(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processors_missing_package_is_named(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_args: object, **_kwargs: object) -> None:
-        raise ImportError("mistral-common is not installed")
+        raise ImportError("torchaudio is not installed")
 
     monkeypatch.setattr(family_module.AutoProcessor, "from_pretrained", missing)
-    with pytest.raises(ModelError, match=r"mistral-common is not installed.*pip install 'lalm_patch\[voxtral\]'"):
+    with pytest.raises(ModelError, match=r"torchaudio is not installed.*install it with pip"):
         load(checkpoints["voxtral"], "voxtral")
 
 

@@ -15,9 +15,9 @@ from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.grids import Grid, make_grid
 from lalm_patch.interventions import Intervention, Patch
 from lalm_patch.models import LALM
-from lalm_patch.models.tokens import ROLES
 from lalm_patch.report import make_report
 from lalm_patch.results import build_dataset
+from lalm_patch.segments import ROLES
 from lalm_patch.stimuli import Prompt
 from lalm_patch.store import SampleRecord
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lalm_patch.models import Family
 from lalm_patch.stimuli import Prompt
-from training.padded import report, scheduled
+from training.padded import descend, report, scheduled
 from training.train import (
     ATTRIBUTES,
     IGNORED,
@@ -159,8 +159,6 @@ def train_answers(
         part.train()
     order: list[int] = []
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = scheduled(rate, step, steps)
         if len(order) < batch:
             order = rng.permutation(len(heard)).tolist()
         chosen, order = order[:batch], order[batch:]
@@ -172,11 +170,7 @@ def train_answers(
             share = (handed_over - first) / (end - first)
         logits = last_logits(student, rows, student.connector(taps), handed_over)
         loss = functional.cross_entropy(logits, share * answers + (1 - share) * options)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
+        descend(optimiser, loss, scheduled(rate, step, steps), losses)
         report(log, losses, steps, started)
         if evaluation is not None and (step + 1) % 500 == 0:
             found = accuracy(student, evaluation)

@@ -84,16 +84,10 @@ def train_encoder(
     started = time.monotonic()
     encoder.train()
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = scheduled(rate, step, steps)
         chosen = next(order)
         states = taught(encoder, features.mel[chosen])
         loss = classifier.loss(states, features.frames[chosen], features.labels[chosen])
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
+        descend(optimiser, loss, scheduled(rate, step, steps), losses)
         report(log, losses, steps, started)
         if evaluation is not None and (step + 1) % 500 == 0:
             found = classifier.accuracy(lambda mel, frames: taught(encoder, mel), evaluation)
@@ -105,6 +99,18 @@ def train_encoder(
 def scheduled(rate: float, step: int, steps: int) -> float:
     """Learning rate of a step: warm-up, then half a cosine down to a tenth."""
     return rate * min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, losses: list[float]) -> None:
+    """One step at a learning rate, gradients clipped to a norm of 1; the loss is noted."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimiser.step()
+    losses.append(float(loss.detach()))
 
 
 def report(to: logging.Logger, losses: list[float], steps: int, started: float) -> None:

@@ -13,7 +13,7 @@ from transformers import WhisperForConditionalGeneration, WhisperTokenizerFast
 
 from training.answers import Heard
 from training.checkpoints import LONGEST_TRANSCRIPT, SYLLABLE
-from training.padded import report, scheduled
+from training.padded import descend, report, scheduled
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ def train_transcriber(
     started = time.monotonic()
     whisper.model.decoder.train()
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = scheduled(rate, step, steps)
         chosen = rng.choice(len(heard), batch, replace=False)
         words = [tokenizer.encode(spoken(int(n)), add_special_tokens=False) for n in heard.frames[chosen]]
         longest = max(map(len, words))
@@ -60,11 +58,7 @@ def train_transcriber(
         states = _encoded(whisper, heard.taps[chosen])
         logits = whisper.proj_out(whisper.model.decoder(ids, encoder_hidden_states=states).last_hidden_state)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
+        descend(optimiser, loss, scheduled(rate, step, steps), losses)
         report(log, losses, steps, started)
     whisper.eval()
     return losses

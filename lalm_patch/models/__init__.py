@@ -8,8 +8,9 @@ from lalm_patch.models.generic import Generic
 from lalm_patch.models.lalm import LALM, Encoding
 from lalm_patch.models.qwen2_audio import Qwen2Audio
 from lalm_patch.models.qwen_audio import QwenAudio
-from lalm_patch.models.tokens import ROLES, TokenTable
+from lalm_patch.models.tokens import TokenTable
 from lalm_patch.models.voxtral import Voxtral
+from lalm_patch.segments import ROLES
 
 FAMILIES: dict[str, type[Family]] = {
     "desta2": Desta2,

@@ -26,8 +26,6 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """`model_type` of the checkpoints the family is for, as in their config.json."""
-    extra: ClassVar[str | None] = None
-    """The optional dependency the family's processor needs, for the message when it is missing."""
     layouts: ClassVar[tuple[str, ...]] = ("chat",)
     """Prompt layouts the family has: `chat` puts the response phrase into the assistant's turn, `user` at the end of
     the user's turn, `flat` uses no template at all (base models)."""
@@ -78,8 +76,9 @@ class Family(ABC):
         try:
             return cls(AutoProcessor.from_pretrained(folder, local_files_only=True))
         except ImportError as error:
-            hint = f"; install it with: pip install 'lalm_patch[{cls.extra}]'" if cls.extra else ""
-            raise ModelError(f"{folder}: the processor needs a package that is missing ({error}){hint}") from error
+            raise ModelError(
+                f"{folder}: the processor needs a package that is missing ({error}); install it with pip"
+            ) from error
 
     @property
     def tokenizer(self) -> Any:

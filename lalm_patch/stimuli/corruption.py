@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from scipy import signal
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.stimuli.audio import SAMPLING_RATE, Waveform
 
 LSB = 2.0**-15
 """One step of 16-bit audio, on a scale on which full scale is 1."""
+FLOOR_FRAME, FLOOR_SHARE = 400, 0.1
+"""Samples of a frame (25 ms), and the share of frames that are below the floor, for `silence_floor`."""
 PIECE_SECONDS = 0.05
 """Pieces that `time_shuffle` puts into another order: shorter than a syllable, longer than a period of a voice."""
 
@@ -27,6 +30,21 @@ def dither(waveform: Waveform) -> Waveform:
     """
     steps = _noise(waveform, "dither").triangular(-1, 0, 1, waveform.shape)
     return np.asarray(LSB * steps, dtype=waveform.dtype)
+
+
+def silence_floor(waveform: Waveform) -> Waveform:
+    """The clip's own background: noise with the spectrum that the clip has where it is quietest.
+
+    In every band of frequencies the level is the one that a tenth of the clip's frames stay below; phases are random.
+    What a recording is like when nobody speaks stays, and so does how the front-end scales it; all else goes.
+    """
+    size = min(FLOOR_FRAME, len(waveform))
+    transform = signal.ShortTimeFFT(signal.windows.hann(size, sym=False), max(1, size // 4), fs=SAMPLING_RATE)
+    frames = transform.stft(waveform.astype(np.float64))
+    levels = np.quantile(np.abs(frames), FLOOR_SHARE, axis=1, keepdims=True)
+    phases = _noise(waveform, "silence_floor").uniform(0, 2 * np.pi, frames.shape)
+    quiet = transform.istft(levels * np.exp(1j * phases), k1=len(waveform))
+    return np.clip(quiet, -1, 1).astype(waveform.dtype)
 
 
 def noise(waveform: Waveform) -> Waveform:
@@ -52,6 +70,7 @@ def _noise(waveform: Waveform, name: str) -> np.random.Generator:
 CORRUPTIONS: dict[str, Callable[[Waveform], Waveform]] = {
     "silence": silence,
     "dither": dither,
+    "silence_floor": silence_floor,
     "noise": noise,
     "time_shuffle": time_shuffle,
 }
