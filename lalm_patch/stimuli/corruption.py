@@ -44,7 +44,7 @@ def silence_floor(waveform: Waveform) -> Waveform:
     levels = np.quantile(np.abs(frames), FLOOR_SHARE, axis=1, keepdims=True)
     phases = _noise(waveform, "silence_floor").uniform(0, 2 * np.pi, frames.shape)
     quiet = transform.istft(levels * np.exp(1j * phases), k1=len(waveform))
-    return np.clip(quiet, -1, 1).astype(waveform.dtype)
+    return np.asarray(np.clip(quiet, -1, 1), dtype=waveform.dtype)
 
 
 def noise(waveform: Waveform) -> Waveform:
