@@ -113,6 +113,7 @@ def build_dataset(
                 np.array([clean_text(sample.meta.get(f"transcript_{run}") or "") for sample in samples], object),
                 f"transcript given beside the audio, {name}; empty for none",
             )
+    variables |= _whole_vocabulary(samples, answers, dims, coords, shape, direction, missing)
     variables |= _token_variables(samples, text_length)
     dataset = xr.Dataset(variables, coords=_coordinates(samples, options, coords, text_length))
     reasons = Counter(sample.meta["exclusion"] for sample in samples)
@@ -137,6 +138,40 @@ def _places(
         elif dim == "edge":
             places[axis] = np.flatnonzero([has_edge(str(name), segments) for name in coords[dim]])
     return places
+
+
+def _whole_vocabulary(
+    samples: Sequence[SampleRecord],
+    answers: np.ndarray,
+    dims: Sequence[str],
+    coords: Mapping[str, Sequence[int] | np.ndarray],
+    shape: tuple[int, ...],
+    direction: str,
+    missing: str,
+) -> dict[str, Any]:
+    """The answer's rank and the divergence from the clean run, where the engine could tell (a server cannot)."""
+    clean = 1 if direction == "noising" else 0  # which of source and target the clean run is
+    variables: dict[str, Any] = {}
+    for name, array, long_name, units in (
+        ("rank", "option_rank", "rank of the answer in the vocabulary, 1 is the most probable", "1"),
+        ("kl", "divergence", "KL(clean run || this run) over the vocabulary", "nat"),
+    ):
+        if not any(f"base_{array}" in sample.arrays for sample in samples):
+            continue
+        base = np.full((len(samples), 2), np.nan, np.float32)
+        cells = np.full((len(samples), *shape), np.nan, np.float32)
+        for row, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            column = answer if array == "option_rank" else clean
+            if f"base_{array}" in sample.arrays:
+                base[row] = sample.arrays[f"base_{array}"][:, column]
+            if f"patched_{array}" in sample.arrays:
+                found = sample.arrays[f"patched_{array}"][..., column]
+                cells[row][np.ix_(*_places(sample, dims, coords, found.shape))] = found
+        for index, run in enumerate(("clean", "corrupted")):
+            variables[f"{name}_{run}"] = _variable("sample", base[:, index], f"{long_name}; {run} run", units)
+        described = f"{long_name}; patched run"
+        variables[f"{name}_patched"] = _variable(("sample", *dims), cells, described, units, missing=missing)
+    return variables
 
 
 def _coordinates(

@@ -260,11 +260,16 @@ def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason
 
 def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """A readout as a sample's arrays: rows in row-major order of `shape`, options last."""
-    return {
+    arrays: dict[str, np.ndarray] = {
         f"{prefix}_option_logits": readout.option_logits.reshape(*shape, -1).astype(np.float32),
         f"{prefix}_logsumexp": readout.logsumexp.reshape(shape).astype(np.float32),
         f"{prefix}_top_id": readout.top_id.reshape(shape).astype(np.int64),
     }
+    if readout.option_rank is not None:
+        arrays[f"{prefix}_option_rank"] = readout.option_rank.reshape(*shape, -1).astype(np.int32)
+    if readout.divergence is not None:
+        arrays[f"{prefix}_divergence"] = readout.divergence.reshape(*shape, 2).astype(np.float32)
+    return arrays
 
 
 def _as_sent(tokens: TokenTable) -> str:

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from scipy.stats import entropy
 
 import lalm_patch
 from lalm_patch.analysis import METRICS, about, check_claims, fusion, mean_recovery, with_metric
+from lalm_patch.engine import DirectEngine
+from lalm_patch.grids import layer_grid
+from lalm_patch.models import LALM
 from lalm_patch.report import make_report
+from lalm_patch.stimuli import Attribute, Prompt, load_demo
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +85,41 @@ def test_the_page_says_which_metric_it_shows(runs: dict[str, xr.Dataset], folder
     assert all(part.number is None for finding in check_claims([other]) for part in finding.parts)
     with pytest.raises(ValueError, match="expected one of probability, log_probability"):
         with_metric(other, "bits")
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_rank_and_divergence_are_of_the_clean_run(runs: dict[str, xr.Dataset], direction: str) -> None:
+    """Recomputed from whole logits; the clean run is the reference in both directions."""
+    run = runs[direction]
+    settings = lalm_patch.compose("attr=animal", f"direction={direction}")
+    lalm = LALM.load(settings.model)
+    attribute = Attribute(**{**vars(settings.attr), "options": tuple(settings.attr.options)})
+    index = int(np.flatnonzero(run["kept"].values)[0])
+    name = str(run["sample"].values[index])
+    record = next(record for record in load_demo(attribute) if record.id == name)
+    prompt = Prompt.from_attribute(attribute)
+    waveform = record.waveform()
+    clean, silent = (lalm.encode(sound, prompt, "chat") for sound in (waveform, np.zeros_like(waveform)))
+    with torch.no_grad():
+        p, q = (lalm.module(**one.inputs).logits[0, -1].double().softmax(-1).numpy() for one in (clean, silent))
+    assert float(run["kl_clean"][index]) == pytest.approx(0, abs=1e-5)
+    assert float(run["kl_corrupted"][index]) == pytest.approx(entropy(p, q), rel=1e-4)
+    answer = lalm.target_ids(prompt, "chat")[attribute.options.index(record.label)]
+    for which, probabilities in (("clean", p), ("corrupted", q)):
+        assert int(run[f"rank_{which}"][index]) == 1 + int((probabilities > probabilities[answer]).sum())
+    source, target = (silent, clean) if direction == "noising" else (clean, silent)
+    grid = layer_grid(clean.tokens, range(lalm.num_layers))
+    slow = DirectEngine(lalm).sweep(source, target, grid, lalm.target_ids(prompt, "chat"))
+    assert slow.divergence is not None
+    assert slow.option_rank is not None
+    column = 1 if direction == "noising" else 0
+    np.testing.assert_allclose(run["kl_patched"][index], slow.divergence[:, column], atol=2e-5)
+    ranks = slow.option_rank[:, attribute.options.index(record.label)]
+    np.testing.assert_array_equal(run["rank_patched"][index], ranks)
+
+
+def test_a_run_without_them_says_so(runs: dict[str, xr.Dataset]) -> None:
+    older = runs["denoising"].drop_vars([name for name in runs["denoising"] if str(name).startswith(("kl_", "rank_"))])
+    for name in ("kl", "rank"):
+        with pytest.raises(ValueError, match=f"the run has no {name}_clean.*backend=local"):
+            with_metric(older, name)

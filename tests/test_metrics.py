@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from lalm_patch.checks import Check, enforce, from_json, to_json, worst
 from lalm_patch.engine import Readout
@@ -47,7 +50,6 @@ def test_recovery_rate_is_not_clipped_and_is_nan_without_a_gap() -> None:
 
 def test_probabilities_are_over_the_whole_vocabulary() -> None:
     logits = np.array([[1.0, 2.0, -1.0, 0.5]], np.float32)
-    import torch
 
     read = Readout.of(torch.from_numpy(logits), [1, 3])
     total = sum(math.exp(x) for x in logits[0])
@@ -93,8 +95,6 @@ def test_grids_cover_the_text_after_the_audio() -> None:
     token = make_grid("token", TOKENS, (0, 2))
     assert token.shape == (2, 3)
     assert token.cells[4] == Intervention([Patch(2, (4,))])
-    assert token.layers == (0, 2)
-    assert token.positions == (3, 4, 5)
     with pytest.raises(ConfigError, match="expected one of layer, token"):
         make_grid("word", TOKENS, (0,))
 
@@ -134,3 +134,27 @@ def test_checks_are_kept_compared_and_enforced() -> None:
 def test_failed_check_can_be_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     enforce([Check.at_most("x", 2, 1, "what to do")], "warn")
     assert "x: FAILED" in caplog.text
+
+
+def test_ranks_and_divergences_by_their_definitions() -> None:
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 3, (6, 40)).astype(np.float32)
+    references = rng.normal(0, 3, (2, 40)).astype(np.float32)
+    ids = [7, 31, 2]
+    read = Readout.of(torch.from_numpy(logits), ids, torch.from_numpy(references))
+    assert read.option_rank is not None
+    assert read.divergence is not None
+    for row, values in enumerate(logits):
+        order = np.argsort(-values).tolist()
+        assert [order.index(id) + 1 for id in ids] == read.option_rank[row].tolist()
+        q = softmax(values.astype(float))
+        for column, reference in enumerate(references):
+            expected = entropy(softmax(reference.astype(float)), q)
+            assert read.divergence[row, column] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    own = Readout.of(torch.from_numpy(references), ids, torch.from_numpy(references))
+    assert own.divergence is not None
+    assert np.diagonal(own.divergence) == pytest.approx([0, 0], abs=1e-5)
+    back = Readout.scatter([([1, 3, 5], read.rows(slice(1, None, 2))), ([0, 2, 4], read.rows(slice(0, None, 2)))])
+    for name, values in vars(read).items():
+        np.testing.assert_array_equal(getattr(back, name), values)
+    assert Readout.of(torch.from_numpy(logits), ids).divergence is None

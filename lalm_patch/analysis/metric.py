@@ -1,10 +1,10 @@
 """Other metrics than the probability of the answer, from what a run stores; nothing is run again.
 
-A run keeps the options' logits and the log-sum-exp over the vocabulary of every cell. That is enough for every metric
-on the options. `with_metric` puts one in the place of the probability, and all of this package's analysis, figures and
-reports work on what it returns. Why it matters: a probability saturates, so two cells that differ by much may look
-alike near 0 and 1, while a margin of logits does not (Heimersheim and Nanda, arXiv 2404.15255; Zhang and Nanda,
-2309.16042).
+A run keeps the options' logits and ranks, the log-sum-exp over the vocabulary and the divergence from the clean run of
+every cell. That is enough for every metric here. `with_metric` puts one in the place of the probability, and all of
+this package's analysis, figures and reports work on what it returns. Why it matters: a probability saturates, so two
+cells that differ by much may look alike near 0 and 1, while a margin of logits does not (Heimersheim and Nanda, arXiv
+2404.15255; Zhang and Nanda, 2309.16042).
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ import xarray as xr
 from lalm_patch.analysis.run_info import about
 from lalm_patch.metrics import share_moved
 
-Measure = Callable[[xr.DataArray, xr.DataArray, xr.DataArray], xr.DataArray]
-"""Options' logits [..., option], log-sum-exp [...], whether an option is the right one [sample, option] -> [...]."""
+Measure = Callable[[xr.Dataset, str], xr.DataArray]
+"""From a run's dataset and one of clean, corrupted, patched to what is measured of it; larger is better."""
+
+
+def _logits(dataset: xr.Dataset, run: str) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
+    """Options' logits [..., option], log-sum-exp [...], whether an option is the right one [sample, option]."""
+    right = dataset["option"] == dataset["label"]
+    return dataset[f"option_logit_{run}"].astype(float), dataset[f"logsumexp_{run}"].astype(float), right
 
 
 def _right(logits: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
@@ -29,25 +35,48 @@ def _exp(values: xr.DataArray) -> xr.DataArray:
     return values.copy(data=np.exp(values.values))
 
 
-def probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+def probability(dataset: xr.Dataset, run: str) -> xr.DataArray:
     """Probability of the answer over the whole vocabulary: what a run reports."""
-    return _exp(_right(logits, right) - logsumexp)
+    return _exp(log_probability(dataset, run))
 
 
-def log_probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+def log_probability(dataset: xr.Dataset, run: str) -> xr.DataArray:
     """Its logarithm, in nats."""
+    logits, logsumexp, right = _logits(dataset, run)
     return _right(logits, right) - logsumexp
 
 
-def logit_margin(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+def logit_margin(dataset: xr.Dataset, run: str) -> xr.DataArray:
     """Logit of the answer minus that of the best other option, in nats."""
+    logits, _, right = _logits(dataset, run)
     return _right(logits, right) - logits.where(~right).max("option")
 
 
-def option_probability(logits: xr.DataArray, logsumexp: xr.DataArray, right: xr.DataArray) -> xr.DataArray:
+def option_probability(dataset: xr.Dataset, run: str) -> xr.DataArray:
     """Probability of the answer among the options alone."""
+    logits, _, right = _logits(dataset, run)
     shifted = _exp(logits - logits.max("option"))
     return _right(shifted, right) / shifted.sum("option", skipna=False)
+
+
+def rank(dataset: xr.Dataset, run: str) -> xr.DataArray:
+    """Minus the logarithm of the answer's rank in the vocabulary: from rank 1000 to 100 is as far as from 10 to 1."""
+    values = _stored(dataset, f"rank_{run}")
+    return values.copy(data=-np.log(values.values))
+
+
+def kl(dataset: xr.Dataset, run: str) -> xr.DataArray:
+    """Minus KL(clean run || this run) over the vocabulary, in nats: 0 where the whole distribution is back."""
+    return -_stored(dataset, f"kl_{run}")
+
+
+def _stored(dataset: xr.Dataset, name: str) -> xr.DataArray:
+    if name not in dataset:
+        raise ValueError(
+            f"the run has no {name}: it was made on a server, or by an older version of this package; repeat it with "
+            "backend=local"
+        )
+    return dataset[name].astype(float)
 
 
 METRICS: dict[str, tuple[Measure, str]] = {
@@ -55,6 +84,8 @@ METRICS: dict[str, tuple[Measure, str]] = {
     "log_probability": (log_probability, "nat"),
     "logit_margin": (logit_margin, "nat"),
     "option_probability": (option_probability, "1"),
+    "rank": (rank, "1"),
+    "kl": (kl, "nat"),
 }
 """Metrics and their units, by name."""
 
@@ -71,17 +102,13 @@ def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
         the same samples count. The rate is NaN where the metric is not larger in the clean run.
 
     Raises:
-        ValueError: no such metric; the message lists them.
+        ValueError: no such metric (the message lists them), or a run that did not store what it needs.
     """
     if name not in METRICS:
         raise ValueError(f"metric {name!r}: expected one of {', '.join(METRICS)}")
     measure, units = METRICS[name]
     text = (measure.__doc__ or name).split(":")[0].rstrip(".")
-    right = dataset["option"] == dataset["label"]
-    values = {
-        run: measure(dataset[f"option_logit_{run}"].astype(float), dataset[f"logsumexp_{run}"].astype(float), right)
-        for run in ("clean", "corrupted", "patched")
-    }
+    values = {run: measure(dataset, run) for run in ("clean", "corrupted", "patched")}
     gap = values["clean"] - values["corrupted"]
     patched, clean, corrupted, gap = xr.broadcast(values["patched"], values["clean"], values["corrupted"], gap)
     order = dataset["recovery_rate"].dims

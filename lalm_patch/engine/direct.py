@@ -38,7 +38,7 @@ class DirectEngine:
     def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
         """The clean and the corrupted run: rows 0 and 1."""
         logits = torch.cat([self._logits(clean), self._logits(corrupted)])
-        return Readout.of(logits, option_ids)
+        return Readout.of(logits, option_ids, logits)
 
     def sweep(
         self,
@@ -49,7 +49,8 @@ class DirectEngine:
         progress: Progress = ignore_progress,
     ) -> Readout:
         """One row per cell of the grid, in the grid's order."""
-        return self.cells(clean, corrupted, grid.cells, option_ids, progress)
+        references = torch.cat([self._logits(clean), self._logits(corrupted)])
+        return self.cells(clean, corrupted, grid.cells, option_ids, progress, references)
 
     def cells(
         self,
@@ -58,8 +59,12 @@ class DirectEngine:
         interventions: Sequence[Intervention],
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
+        references: Tensor | None = None,
     ) -> Readout:
-        """One row per intervention: the corrupted run with the intervention's states taken from the clean run."""
+        """One row per intervention: the corrupted run with the intervention's states taken from the clean run.
+
+        Divergences are known where the two runs' logits [2, vocabulary] are given.
+        """
         places = {(patch.layer, patch.site) for intervention in interventions for patch in intervention.patches}
         if any(intervention.cuts for intervention in interventions):
             check_cuts(self.lalm)
@@ -68,7 +73,7 @@ class DirectEngine:
         for intervention in interventions:
             rows.append(self._patched(corrupted, intervention, source))
             progress(1)
-        return Readout.of(torch.cat(rows), option_ids)
+        return Readout.of(torch.cat(rows), option_ids, references)
 
     def states(self, encoding: Encoding, places: Iterable[tuple[int, Site]]) -> dict[tuple[int, Site], Tensor]:
         """States [1, positions, width] of an unpatched run at the given (layer, site)."""

@@ -87,7 +87,7 @@ class ReplayEngine:
     def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
         """The clean and the corrupted run: rows 0 and 1."""
         logits = torch.cat([self._source_run(clean).logits, self._corrupted_run(corrupted).logits])
-        return Readout.of(logits, option_ids)
+        return Readout.of(logits, option_ids, logits)
 
     def sweep(
         self,
@@ -133,7 +133,8 @@ class ReplayEngine:
     ) -> Readout | None:
         """A pack's readout, or None when memory does not suffice."""
         try:
-            return Readout.of(self._run_pack(pack, source, base, corrupted), option_ids)
+            references = torch.cat([source.logits, base.logits])
+            return Readout.of(self._run_pack(pack, source, base, corrupted), option_ids, references)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
             if not is_out_of_memory(error):
                 raise
