@@ -252,3 +252,19 @@ def test_knockouts_are_on_the_page(outputs: Path) -> None:
     page = make_report(outputs, audio=False).read_text()
     for text in ("edge audio-last", "no audio for early text", "Causal tracing: 3 runs"):
         assert text in page
+
+
+@pytest.mark.parametrize("family", ["qwen_audio", "desta2", "desta25"])
+def test_native_families_are_cut_alike(family: str, request: pytest.FixtureRequest, prompt: Prompt) -> None:
+    files = request.getfixturevalue("qwen_folder" if family == "qwen_audio" else f"{family}_files")
+    lalm = load(files if family == "qwen_audio" else files.location, family)
+    clean, silent = pair(lalm, prompt)
+    ids = lalm.target_ids(prompt, "chat")
+    base = DirectEngine(lalm).base(silent, clean, ids).option_logits[1]
+    for site, window, edges in ((Site.ATTN, 2, ()), (Site.HEAD, 1, ("audio-last",))):
+        place = Place(site, window, lalm.num_layers, lalm.num_heads, True, edges)
+        grid = make_grid("edge", clean.tokens, range(lalm.num_layers), place)
+        fast = ReplayEngine(lalm).sweep(silent, clean, grid, ids).option_logits
+        slow = DirectEngine(lalm).sweep(silent, clean, grid, ids).option_logits
+        np.testing.assert_allclose(fast, slow, atol=1e-4)
+        assert np.abs(slow - base).max() > 0.1
