@@ -34,10 +34,11 @@ class DirectEngine:
 
     def __init__(self, lalm: LALM) -> None:
         self.lalm = lalm
+        self._base: tuple[Encoding, Encoding, Tensor] | None = None
 
     def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
         """The clean and the corrupted run: rows 0 and 1."""
-        logits = torch.cat([self._logits(clean), self._logits(corrupted)])
+        logits = self._base_logits(clean, corrupted)
         return Readout.of(logits, option_ids, logits)
 
     def sweep(
@@ -49,7 +50,7 @@ class DirectEngine:
         progress: Progress = ignore_progress,
     ) -> Readout:
         """One row per cell of the grid, in the grid's order."""
-        references = torch.cat([self._logits(clean), self._logits(corrupted)])
+        references = self._base_logits(clean, corrupted)
         return self.cells(clean, corrupted, grid.cells, option_ids, progress, references)
 
     def cells(
@@ -82,6 +83,12 @@ class DirectEngine:
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
             found = nnsight.save([states_at(self.lalm.layers[index], site).clone() for index, site in wanted])
         return dict(zip(wanted, found, strict=True))
+
+    def _base_logits(self, clean: Encoding, corrupted: Encoding) -> Tensor:
+        """Logits [2, vocabulary] of the two unpatched runs; of the last pair of encodings they are known."""
+        if self._base is None or self._base[0] is not clean or self._base[1] is not corrupted:
+            self._base = clean, corrupted, torch.cat([self._logits(clean), self._logits(corrupted)])
+        return self._base[2]
 
     def _logits(self, encoding: Encoding) -> Tensor:
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
