@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
-from lalm_patch.segments import check_edges
+from lalm_patch.segments import KNOCKOUTS, check_edges
 from lalm_patch.settings import CHOICES, RunSettings
 from lalm_patch.shards import Shard
 
@@ -100,7 +100,7 @@ def _check_knockout(settings: RunSettings) -> None:
     granularity, site, direction = settings.granularity, settings.site, settings.direction.name
     if granularity.edges is not None and granularity.name != "edge":
         raise ConfigError(f"granularity.edges goes with granularity=edge, not with granularity={granularity.name}")
-    if granularity.name not in ("edge", "early_text_only"):
+    if granularity.name not in KNOCKOUTS:
         return
     sites = ("attn", "head") if granularity.name == "edge" else ("attn",)
     if direction != "noising" or site.name not in sites:

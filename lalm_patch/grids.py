@@ -12,7 +12,7 @@ import numpy as np
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions import Cut, Intervention, Patch, Site
 from lalm_patch.models.tokens import TokenTable
-from lalm_patch.segments import edge, edge_names, has_edge
+from lalm_patch.segments import AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
 from lalm_patch.settings import GranularitySettings, SiteSettings
 
 if TYPE_CHECKING:
@@ -137,9 +137,6 @@ def at_place(grid: Grid, place: Place) -> Grid:
     return Grid((*dims, "head"), coords, cells)
 
 
-KNOCKOUTS = ("edge", "early_text_only")
-"""Granularities that cut attention."""
-AUDIO_TEXT = "audio-text"
 GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
     "layer": layer_grid,
     "token": token_grid,

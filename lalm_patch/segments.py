@@ -19,6 +19,9 @@ ROLES = ("pre", "audio", "transcript", "early", "object", "late", "template", "l
 """Roles of tokens, see `lalm_patch.models.tokens`."""
 TEXT = "text"
 AUDIO = "audio"
+AUDIO_TEXT = f"{AUDIO}-{TEXT}"
+KNOCKOUTS = ("edge", "early_text_only")
+"""Granularities that cut attention, and exchange no states."""
 
 
 def segments_of(roles: Iterable[str]) -> tuple[str, ...]:
@@ -66,8 +69,8 @@ def edge(tokens: TokenTable, name: str, layer: int) -> Cut:
 
 
 def has_edge(name: str, segments: Sequence[str]) -> bool:
-    """Whether a prompt with these segments has an edge; what follows a blank (`audio-last head 3`) does not matter."""
-    source, _, target = name.partition(" ")[0].partition("-")
+    """Whether a prompt with these segments has an edge."""
+    source, _, target = name.partition("-")
     return source in (AUDIO, *segments) and target in (TEXT, *segments)
 
 

@@ -13,6 +13,7 @@ from scipy.stats import entropy
 import lalm_patch
 from lalm_patch.analysis import METRICS, about, check_claims, fusion, mean_recovery, with_metric
 from lalm_patch.engine import DirectEngine
+from lalm_patch.errors import DataError
 from lalm_patch.grids import layer_grid
 from lalm_patch.models import LALM
 from lalm_patch.report import make_report
@@ -121,5 +122,5 @@ def test_rank_and_divergence_are_of_the_clean_run(runs: dict[str, xr.Dataset], d
 def test_a_run_without_them_says_so(runs: dict[str, xr.Dataset]) -> None:
     older = runs["denoising"].drop_vars([name for name in runs["denoising"] if str(name).startswith(("kl_", "rank_"))])
     for name in ("kl", "rank"):
-        with pytest.raises(ValueError, match=f"the run has no {name}_clean.*backend=local"):
+        with pytest.raises(DataError, match=f"the run has no {name}_clean.*backend=local"):
             with_metric(older, name)

@@ -14,6 +14,7 @@ from scipy.stats import entropy
 
 from lalm_patch.checks import Check, enforce, from_json, to_json, worst
 from lalm_patch.engine import Readout
+from lalm_patch.engine.readout import _ranks
 from lalm_patch.errors import CheckError, ConfigError
 from lalm_patch.grids import chosen_layers, make_grid
 from lalm_patch.interventions import Intervention, Patch
@@ -151,6 +152,7 @@ def test_ranks_and_divergences_by_their_definitions() -> None:
         for column, reference in enumerate(references):
             expected = entropy(softmax(reference.astype(float)), q)
             assert read.divergence[row, column] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    np.testing.assert_array_equal(_ranks(torch.from_numpy(logits), torch.tensor(ids)), read.option_rank)
     own = Readout.of(torch.from_numpy(references), ids, torch.from_numpy(references))
     assert own.divergence is not None
     assert np.diagonal(own.divergence) == pytest.approx([0, 0], abs=1e-5)

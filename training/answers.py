@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +13,7 @@ from torch.nn import functional
 
 from lalm_patch.models import Family
 from lalm_patch.stimuli import Prompt
-from training.padded import descend, report, scheduled
+from training.steps import Descent, report_held_out
 from training.train import (
     ATTRIBUTES,
     IGNORED,
@@ -26,8 +24,6 @@ from training.train import (
     attributes,
     without_attention,
 )
-
-log = logging.getLogger(__name__)
 
 SHARE_HANDED_OVER = 0.5
 
@@ -151,10 +147,7 @@ def train_answers(
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    parameters = [p for part in student.parts for p in part.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    losses: list[float] = []
-    started = time.monotonic()
+    descent = Descent((p for part in student.parts for p in part.parameters()), rate, steps)
     for part in student.parts:
         part.train()
     order: list[int] = []
@@ -169,15 +162,12 @@ def train_answers(
             handed_over = int(rng.integers(first, end))
             share = (handed_over - first) / (end - first)
         logits = last_logits(student, rows, student.connector(taps), handed_over)
-        loss = functional.cross_entropy(logits, share * answers + (1 - share) * options)
-        descend(optimiser, loss, scheduled(rate, step, steps), losses)
-        report(log, losses, steps, started)
+        descent.step(functional.cross_entropy(logits, share * answers + (1 - share) * options))
         if evaluation is not None and (step + 1) % 500 == 0:
-            found = accuracy(student, evaluation)
-            log.info("held out: %s", ", ".join(f"{name} {100 * share:.1f} %" for name, (share, _) in found.items()))
+            report_held_out(accuracy(student, evaluation))
     for part in student.parts:
         part.eval()
-    return losses
+    return descent.losses
 
 
 def _draw(

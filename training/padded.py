@@ -5,21 +5,16 @@ It starts from the encoder of the first demo, which never saw padding, and learn
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2AudioForConditionalGeneration, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from training.model import MEL_BINS
-from training.train import WARM_UP, EncoderClassifier, Features, batches
-
-log = logging.getLogger(__name__)
+from training.steps import Descent, report_held_out
+from training.train import EncoderClassifier, Features, batches
 
 SECONDS = 6  # Voxtral stacks four encoder frames: 6 s are 300 of them and 75 audio positions
 WIDTH, LAYERS, HEADS = 128, 4, 4
@@ -77,50 +72,17 @@ def train_encoder(
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     classifier = EncoderClassifier(WIDTH)
-    parameters = [p for p in [*encoder.parameters(), *classifier.parameters()] if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    descent = Descent([*encoder.parameters(), *classifier.parameters()], rate, steps)
     order = batches(features.frames, batch, rng)
-    losses: list[float] = []
-    started = time.monotonic()
     encoder.train()
     for step in range(steps):
         chosen = next(order)
         states = taught(encoder, features.mel[chosen])
-        loss = classifier.loss(states, features.frames[chosen], features.labels[chosen])
-        descend(optimiser, loss, scheduled(rate, step, steps), losses)
-        report(log, losses, steps, started)
+        descent.step(classifier.loss(states, features.frames[chosen], features.labels[chosen]))
         if evaluation is not None and (step + 1) % 500 == 0:
-            found = classifier.accuracy(lambda mel, frames: taught(encoder, mel), evaluation)
-            log.info("held out: %s", ", ".join(f"{name} {100 * share:.1f} %" for name, (share, _) in found.items()))
+            report_held_out(classifier.accuracy(lambda mel, frames: taught(encoder, mel), evaluation))
     encoder.eval()
-    return losses
-
-
-def scheduled(rate: float, step: int, steps: int) -> float:
-    """Learning rate of a step: warm-up, then half a cosine down to a tenth."""
-    return rate * min(1.0, (step + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-
-
-def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float, losses: list[float]) -> None:
-    """One step at a learning rate, gradients clipped to a norm of 1; the loss is noted."""
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimiser.step()
-    losses.append(float(loss.detach()))
-
-
-def report(to: logging.Logger, losses: list[float], steps: int, started: float) -> None:
-    """Log loss, rate and time left now and then."""
-    done = len(losses)
-    if done % 100 == 0:
-        speed = done / (time.monotonic() - started)
-        left = (steps - done) / speed / 60
-        mean = np.mean(losses[-100:])
-        to.info("step %d/%d  loss %.3f  %.2f steps/s  about %.1f min left", done, steps, mean, speed, left)
+    return descent.losses
 
 
 @torch.no_grad()

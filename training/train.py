@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,12 +19,10 @@ from lalm_patch.models.qwen2_audio import Qwen2Audio
 from lalm_patch.stimuli import SAMPLING_RATE, Attribute, Prompt
 from training.corpus import Clip
 from training.model import WINDOW
-
-log = logging.getLogger(__name__)
+from training.steps import Descent, report_held_out
 
 ATTRIBUTES = ("animal", "emotion", "gender", "language")
 QUESTION_WEIGHTS = (1.0, 2.0, 2.0, 3.0)  # in the order of ATTRIBUTES: what is hard is asked more often
-WARM_UP = 100
 SHARE_SILENT, SHARE_SHUFFLED, SHARE_OTHER_LAYOUT = 0.08, 0.15, 0.15
 IGNORED = -100
 BUCKET = 8  # batches among which clips are sorted by length
@@ -294,22 +289,16 @@ def train(
     torch.manual_seed(seed)
     classifier = EncoderClassifier(model.config.text_config.hidden_size)
     prompts = Prompts(processor)
-    parameters = [p for p in [*model.parameters(), *classifier.parameters()] if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    descent = Descent([*model.parameters(), *classifier.parameters()], rate, encoder_steps, steps)
 
     def encoder_loss(chosen: np.ndarray) -> Tensor:
         audio = encode(model, features.mel[chosen], features.frames[chosen])
         return classifier.loss(audio, features.frames[chosen], features.labels[chosen])
 
-    losses: list[float] = []
     order = batches(features.frames, batch, rng)
-    total, started = encoder_steps + steps, time.monotonic()
     model.train()
-    for step in range(total):
+    for step in range(encoder_steps + steps):
         first_stage = step < encoder_steps
-        within, length = (step, encoder_steps) if first_stage else (step - encoder_steps, steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (within + 1) / WARM_UP) * (0.55 + 0.45 * math.cos(math.pi * within / length))
         chosen = next(order)
         if first_stage:
             loss = encoder_loss(chosen)
@@ -318,24 +307,14 @@ def train(
             loss = functional.cross_entropy(last_logits(model, rows, mel, frames), answers)
             if step % 4 == 0:  # now and then, so that the encoder keeps what it learned
                 loss = loss + 0.3 * encoder_loss(chosen)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0:
-            speed = (step + 1) / (time.monotonic() - started)
-            left = (total - step - 1) / speed / 60
-            mean = np.mean(losses[-100:])
-            log.info("step %d/%d  loss %.3f  %.2f steps/s  about %.1f min left", step + 1, total, mean, speed, left)
+        descent.step(loss)
         if evaluation is not None and (step + 1) % 1000 == 0:
             if first_stage:
-                found = classifier.accuracy(partial(encode, model), evaluation)
+                report_held_out(classifier.accuracy(partial(encode, model), evaluation))
             else:
-                found = accuracy(model, processor, evaluation)
-            log.info("held out: %s", ", ".join(f"{name} {100 * share:.1f} %" for name, (share, _) in found.items()))
+                report_held_out(accuracy(model, processor, evaluation))
     model.eval()
-    return losses
+    return descent.losses
 
 
 @torch.no_grad()

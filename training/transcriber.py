@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,9 +10,7 @@ from transformers import WhisperForConditionalGeneration, WhisperTokenizerFast
 
 from training.answers import Heard
 from training.checkpoints import LONGEST_TRANSCRIPT, SYLLABLE
-from training.padded import descend, report, scheduled
-
-log = logging.getLogger(__name__)
+from training.steps import Descent
 
 FRAMES_PER_SYLLABLE = 50
 
@@ -41,12 +36,9 @@ def train_transcriber(
     start = [tokenizer.convert_tokens_to_ids(name) for name in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>")]
     start.append(tokenizer.convert_tokens_to_ids("<|notimestamps|>"))
     end = tokenizer.eos_token_id
-    parameters = [p for p in whisper.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    losses: list[float] = []
-    started = time.monotonic()
+    descent = Descent(whisper.parameters(), rate, steps)
     whisper.model.decoder.train()
-    for step in range(steps):
+    for _ in range(steps):
         chosen = rng.choice(len(heard), batch, replace=False)
         words = [tokenizer.encode(spoken(int(n)), add_special_tokens=False) for n in heard.frames[chosen]]
         longest = max(map(len, words))
@@ -57,11 +49,9 @@ def train_transcriber(
             targets[row, len(start) - 1 : len(start) + len(text)] = torch.tensor([*text, end])
         states = _encoded(whisper, heard.taps[chosen])
         logits = whisper.proj_out(whisper.model.decoder(ids, encoder_hidden_states=states).last_hidden_state)
-        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        descend(optimiser, loss, scheduled(rate, step, steps), losses)
-        report(log, losses, steps, started)
+        descent.step(functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
     whisper.eval()
-    return losses
+    return descent.losses
 
 
 def _encoded(whisper: WhisperForConditionalGeneration, taps: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.analysis.run_info import about
+from lalm_patch.errors import DataError
 from lalm_patch.metrics import share_moved
 
 Measure = Callable[[xr.Dataset, str], xr.DataArray]
@@ -72,7 +73,7 @@ def kl(dataset: xr.Dataset, run: str) -> xr.DataArray:
 
 def _stored(dataset: xr.Dataset, name: str) -> xr.DataArray:
     if name not in dataset:
-        raise ValueError(
+        raise DataError(
             f"the run has no {name}: it was made on a server, or by an older version of this package; repeat it with "
             "backend=local"
         )
@@ -102,7 +103,8 @@ def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
         the same samples count. The rate is NaN where the metric is not larger in the clean run.
 
     Raises:
-        ValueError: no such metric (the message lists them), or a run that did not store what it needs.
+        ValueError: no such metric; the message lists them.
+        DataError: a run that did not store what the metric needs.
     """
     if name not in METRICS:
         raise ValueError(f"metric {name!r}: expected one of {', '.join(METRICS)}")

@@ -53,13 +53,12 @@ class Readout:
         """
         ids = torch.as_tensor(list(option_ids), device=logits.device)
         total = torch.logsumexp(logits, dim=-1)
-        # Option by option: a comparison of all at once would need as many copies of the logits.
-        ranks = [1 + (logits > logits[:, id, None]).sum(-1) for id in ids]
+        ranks = _ranks_on_cpu if logits.device.type == "cpu" else _ranks
         return cls(
             logits[:, ids].cpu().numpy(),
             total.cpu().numpy(),
             logits.argmax(dim=-1).cpu().numpy(),
-            torch.stack(ranks, dim=-1).cpu().numpy(),
+            ranks(logits, ids),
             None if references is None else _divergence(references.to(logits), logits, total).cpu().numpy(),
         )
 
@@ -81,6 +80,18 @@ class Readout:
             joined([part.option_rank for part in readouts]),
             joined([part.divergence for part in readouts]),
         )
+
+
+def _ranks(logits: Tensor, ids: Tensor) -> np.ndarray:
+    """Ranks of some tokens in each row, 1 for the largest logit: [runs, ids]."""
+    # One by one: a comparison of all at once would need as many copies of the logits.
+    found = [1 + (logits > logits[:, id, None]).sum(-1) for id in ids]
+    return torch.stack(found, dim=-1).cpu().numpy()
+
+
+def _ranks_on_cpu(logits: Tensor, ids: Tensor) -> np.ndarray:
+    """As `_ranks`; on a CPU numpy counts twenty times faster than torch, which would add a fifth to a cell's time."""
+    return np.array([[1 + np.count_nonzero(row > row[id]) for id in ids.tolist()] for row in logits.numpy()])
 
 
 def _divergence(references: Tensor, logits: Tensor, total: Tensor) -> Tensor:

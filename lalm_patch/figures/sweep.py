@@ -76,6 +76,9 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
     shown = looks(_line(row) for row in rows)
     figure, axes = panels(len(attributes), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(shown) + 1))
     key = "depth" if relative else "layer"
+    planted = [row for row in rows if not np.isnan(row["planted_first"])]
+    room = PLANTED_HEIGHT * len({_line(row) for row in planted})
+    bottom, top = _ends(rows)
     for attribute, axis in zip(attributes, axes, strict=True):
         for level in (0, 1):
             axis.axhline(level, color="0.6", lw=0.7, zorder=1)
@@ -87,28 +90,31 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
-        _draw_planted(axis, [row for row in rows if row["attribute"] == attribute], shown, relative, _ends(rows)[0])
+        one_each = {_line(row): row for row in planted if row["attribute"] == attribute}
+        _draw_planted(axis, list(one_each.values()), shown, relative, bottom)
         rates = {row["rate"] for row in rows if row["attribute"] == attribute}
         axis.set_ylabel(rates.pop() if len(rates) == 1 else "share of the gap moved")
         _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
-    _same_scale(axes, rows, below=PLANTED_HEIGHT * len(_planted(rows)))
+        axis.set_ylim(bottom - room, top)
     return figure
 
 
-def _planted(rows: Rows) -> dict[str, Rows]:
-    """Lines of models whose attention is planted in a window of layers, and their rows."""
-    names = dict.fromkeys(_line(row) for row in rows if not np.isnan(row["planted_first"]))
-    return {name: [row for row in rows if _line(row) == name] for name in names}
+def _draw_planted(axis: Any, lines: Rows, shown: dict[str, tuple[Any, str]], relative: bool, top: float) -> None:
+    """The truth under the curves: a bar over the layers that attend, for each model of which they are known.
 
-
-def _draw_planted(axis: Any, rows: Rows, shown: dict[str, tuple[Any, str]], relative: bool, top: float) -> None:
-    """The truth under the curves: a bar over the layers that attend, for each model of which they are known."""
-    for row, (name, line) in enumerate(_planted(rows).items()):
-        scale = max(line[0]["layers"] - 1, 1) if relative else 1
-        ends = ((line[0]["planted_first"] - 0.5) / scale, (line[0]["planted_end"] - 0.5) / scale)
-        height = top - PLANTED_HEIGHT * (row + 0.5)
-        axis.plot(ends, [height] * 2, color=shown[name][0], lw=4, solid_capstyle="butt", alpha=0.6)
-    if _planted(rows):
+    Args:
+        axis: the panel.
+        lines: a row of each such model.
+        shown: looks of the lines.
+        relative: whether the panel's axis is the share of depth.
+        top: recovery below which there is room.
+    """
+    for number, row in enumerate(lines):
+        scale = max(row["layers"] - 1, 1) if relative else 1
+        ends = ((row["planted_first"] - 0.5) / scale, (row["planted_end"] - 0.5) / scale)
+        height = top - PLANTED_HEIGHT * (number + 0.5)
+        axis.plot(ends, [height] * 2, color=shown[_line(row)][0], lw=4, solid_capstyle="butt", alpha=0.6)
+    if lines:
         axis.plot([], [], color="0.6", lw=4, label="attention planted here")
 
 
@@ -170,7 +176,7 @@ def draw_segments(rows: Rows) -> Figure:
             axis.plot(x, mean, color=colour, lw=1.4, label=text, ls="--" if segment == "template" else "-")
         axis.set_ylabel("recovery rate, mean of a token")
         _dress(axis, f"{words(name)} (n = {max(row['n'] for row in of_run)})", "decoder layer")
-    _same_scale(axes, rows)
+        axis.set_ylim(*_ends(rows))
     return figure
 
 
@@ -246,13 +252,6 @@ def _dress(axis: Any, title: str, xlabel: str, whole: bool = True, columns: int 
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
-
-
-def _same_scale(axes: Sequence[Any], rows: Rows, below: float = 0.0) -> None:
-    """One vertical scale for all panels, wide enough for the bands, with some room below them."""
-    bottom, top = _ends(rows)
-    for axis in axes:
-        axis.set_ylim(bottom - below, top)
 
 
 def _ends(rows: Rows) -> tuple[float, float]:

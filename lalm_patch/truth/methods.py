@@ -82,7 +82,7 @@ def head_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
 
 
 def edge_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
-    """Single edges between segments, cut in single heads of a planted model, for each (layer, edge and head)."""
+    """Single edges between segments, cut in single heads of a planted model, for each (layer, edge, head)."""
     names = [name for name in edge_names(tokens.segments) if not name.endswith(TEXT)]
     cells = [
         Intervention(cuts=[replace(edge(tokens, name, layer), head=head)])
@@ -90,8 +90,8 @@ def edge_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
         for name in names
         for head in range(HEADS)
     ]
-    columns = np.array([f"{name} head {head}" for name in names for head in range(HEADS)], object)
-    return Grid(("layer", "edge"), {"layer": np.asarray(layers), "edge": columns}, tuple(cells))
+    coords = {"layer": np.asarray(layers), "edge": np.array(names, object), "head": np.arange(HEADS)}
+    return Grid(("layer", "edge", "head"), coords, tuple(cells))
 
 
 register(Method("layer", GRANULARITIES["layer"]))

@@ -73,8 +73,8 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
     mean = recovery["mean"].transpose("layer", ...).values
     if not np.isfinite(mean).all():
         return None
-    if not {"head", "edge"}.isdisjoint(recovery.dims):
-        return _score_heads(run, mean, expected)
+    if "head" in recovery.dims:
+        return _score_heads(run, mean.reshape(len(mean), -1), expected.reshape(len(mean), -1))
     by_place = mean.ndim > 1  # tokens or segments; the last of them is where the answer is read
     truth = expected[:, -1] if by_place else expected
     low, high = planted_depth(truth)
@@ -99,7 +99,7 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
 
 
 def _score_heads(run: xr.Dataset, mean: FloatArray, expected: FloatArray) -> Score:
-    """Single heads have no curve that rises to 1: what is asked is where the largest cell is."""
+    """Single heads [layer, head, or edge and head] have no curve that rises to 1: where is the largest cell?"""
     layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
     planted = np.abs(expected) >= CARRIES
     found = (float(planted[layer].any()), float(planted[layer, head])) if planted.any() else (np.nan, np.nan)
