@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
 from lalm_patch.segments import KNOCKOUTS, check_edges
-from lalm_patch.settings import CHOICES, RunSettings
+from lalm_patch.settings import CHOICES, ON_EMBEDDINGS, RunSettings
 from lalm_patch.shards import Shard
 
 
@@ -82,6 +82,7 @@ def check_combinations(settings: RunSettings) -> None:
     if site.window < 1:
         raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
     _check_knockout(settings)
+    _check_corruption(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
         raise ConfigError(
             f"site=head with granularity={settings.granularity.name}: heads times tokens times layers are more cells "
@@ -92,6 +93,19 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(
             f"backend=ndif exchanges the residual stream after single layers, denoising; got site={site.name}, "
             f"site.window={site.window}, direction={direction}: use backend=local for these"
+        )
+
+
+def _check_corruption(settings: RunSettings) -> None:
+    corruption = settings.corruption
+    if corruption.name == "gaussian" and not (corruption.scale or 0) > 0:
+        raise ConfigError(f"corruption.scale={corruption.scale}: expected a positive number for corruption=gaussian")
+    if corruption.name != "gaussian" and corruption.scale is not None:
+        raise ConfigError(f"corruption.scale goes with corruption=gaussian, not with corruption={corruption.name}")
+    if corruption.name in ON_EMBEDDINGS and settings.backend.name == "ndif":
+        raise ConfigError(
+            f"corruption={corruption.name} replaces audio embeddings, which only this machine can: expected one of "
+            "the corruptions that are sound with backend=ndif, or backend=local"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lalm_patch.checks import Check
+from lalm_patch.corruptions import digest_of
 from lalm_patch.engine.ndif import JobFailed, JobLost, NdifEngine
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest
 from lalm_patch.errors import HostError, ModelError
@@ -24,8 +25,8 @@ from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import TokenTable
 from lalm_patch.models.proof import noise_clip
 from lalm_patch.progress import Progress
-from lalm_patch.stimuli import Prompt, Record, corrupt
-from lalm_patch.tracing import SampleTrace, Tracer, digest_of, readout_arrays
+from lalm_patch.stimuli import Prompt, Record
+from lalm_patch.tracing import SampleTrace, Tracer, readout_arrays
 
 log = logging.getLogger(__name__)
 
@@ -128,12 +129,12 @@ class RemoteTracer(Tracer):
 
     def _clip(self, record: Record, waveform: np.ndarray, verify: bool) -> _Clip:
         prompt = self.prompt(record.id)
-        silent = corrupt(waveform, self.settings.corruption.name)
+        heard = self.corruption.heard(record, waveform)
         tokens, clean = self.lalm.inputs(waveform, prompt, self.layout)
-        other, corrupted = self.lalm.inputs(silent, prompt, self.layout)
+        other, corrupted = self.lalm.inputs(heard, prompt, self.layout)
         if not tokens.same_layout(other):
             raise ModelError(
-                f"{record.name}: clip and {self.settings.corruption.name} give {len(tokens)} and {len(other)} "
+                f"{record.name}: clip and {self.corruption.name} give {len(tokens)} and {len(other)} "
                 "positions or other tokens, so their states cannot be exchanged"
             )
         grid = self.grid(tokens)

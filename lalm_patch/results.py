@@ -113,6 +113,9 @@ def build_dataset(
                 np.array([clean_text(sample.meta.get(f"transcript_{run}") or "") for sample in samples], object),
                 f"transcript given beside the audio, {name}; empty for none",
             )
+    if any("partner" in sample.meta for sample in samples):
+        partners = np.array([clean_text(sample.meta.get("partner") or "") for sample in samples], object)
+        variables["partner"] = _variable("sample", partners, "clip that the corrupted run hears; empty if not run")
     variables |= _whole_vocabulary(samples, answers, dims, coords, shape, direction, missing)
     variables |= _token_variables(samples, text_length)
     dataset = xr.Dataset(variables, coords=_coordinates(samples, options, coords, text_length))

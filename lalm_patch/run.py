@@ -147,7 +147,7 @@ class _Work:
 
     def _trace(self, store: RunStore, records: Sequence[Record], unusable: dict[str, str], spot_checks: int) -> None:
         if self.tracer is None:
-            self.tracer = _open_model(self.settings, self.attribute)
+            self.tracer = _open_model(self.settings, self.attribute, self.records)
             enforce(self.tracer.checks, self.settings.on_failed_check)
         _trace_all(store, self.settings, self.tracer, records, unusable, spot_checks, len(self.records))
 
@@ -256,7 +256,7 @@ def _trace_all(
             store.add(record.id, trace.arrays, trace.meta)
 
 
-def _open_model(settings: RunSettings, attribute: Attribute) -> Tracer:
+def _open_model(settings: RunSettings, attribute: Attribute, records: Sequence[Record]) -> Tracer:
     import torch
 
     from lalm_patch.models import LALM
@@ -268,9 +268,9 @@ def _open_model(settings: RunSettings, attribute: Attribute) -> Tracer:
         from lalm_patch.remote_tracing import RemoteTracer
 
         log.info("%s stays on the server; %s clips at most are in flight", settings.model.id, settings.backend.max_jobs)
-        return RemoteTracer(LALM.outline(settings.model), attribute, settings)
+        return RemoteTracer(LALM.outline(settings.model), attribute, settings, records)
     log.info("loading %s (%s)", settings.model.name, settings.model.id)
-    return Tracer(LALM.load(settings.model), attribute, settings)
+    return Tracer(LALM.load(settings.model), attribute, settings, records)
 
 
 def _too_long(

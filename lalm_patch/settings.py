@@ -123,10 +123,16 @@ class CorruptionSettings:
 
     Attributes:
         name: silence (exact zeros), dither (the quietest noise), silence_floor (the clip's own background), noise
-            (white, of the clip's level) or time_shuffle (the clip's pieces in another order); all of the clip's length.
+            (white, of the clip's level), time_shuffle (the clip's pieces in another order), counterfactual (a clip of
+            another class, cut or filled up), all of the clip's length; or, what the decoder gets in place of the clip's
+            audio embeddings: gaussian (they and noise), mean (the mean of the run's).
+        scale: of gaussian, the noise's standard deviation in units of the embeddings' own.
+        seed: of gaussian's noise, and of choices that counterfactual and mean leave open.
     """
 
     name: str = MISSING
+    scale: float | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -227,6 +233,9 @@ class RunSettings:
     shard: str | None = None
 
 
+ON_EMBEDDINGS = ("gaussian", "mean")
+"""Corruptions of what the decoder gets; the model hears the clip itself."""
+
 # Settings that say where or how fast a run computes, not what: changing them keeps the run's folder.
 NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "outputs",
@@ -254,7 +263,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "direction.name": ("denoising", "noising"),
     "data.name": ("auto", "demo", "sakura"),
     "data.bad_clips": ("stop", "exclude"),
-    "corruption.name": ("silence", "dither", "silence_floor", "noise", "time_shuffle"),
+    "corruption.name": (
+        "silence",
+        "dither",
+        "silence_floor",
+        "noise",
+        "time_shuffle",
+        "counterfactual",
+        "gaussian",
+        "mean",
+    ),
     "prompt.layout": (None, "chat", "user", "flat", "fixed"),
     "prompt.order": ("fixed", "shuffled"),
     "prompt.target": ("leading_space", "bare"),

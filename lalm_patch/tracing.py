@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lalm_patch.checks import Check
+from lalm_patch.corruptions import Corruption
 from lalm_patch.engine import DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
 from lalm_patch.errors import ModelError
@@ -25,12 +23,11 @@ from lalm_patch.models.proof import TOLERANCES, make_pair, prove
 from lalm_patch.progress import Progress
 from lalm_patch.segments import check_present
 from lalm_patch.settings import RunSettings
-from lalm_patch.stimuli import Attribute, Prompt, Record, corrupt
+from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.transcripts import Transcripts
 
 log = logging.getLogger(__name__)
 
-CORRUPTED_ENCODINGS_KEPT = 4
 SPOT_CHECKED_PER_SAMPLE = 2
 
 
@@ -54,6 +51,7 @@ class Tracer:
         lalm: the model.
         attribute: what is asked.
         settings: the run's settings.
+        records: all clips of the run: corruptions may take another clip, or the mean of all.
 
     Attributes:
         option_ids: target token of each option, in the attribute's order.
@@ -71,7 +69,7 @@ class Tracer:
         ConfigError: a layer or granularity that does not exist.
     """
 
-    def __init__(self, lalm: LALM, attribute: Attribute, settings: RunSettings) -> None:
+    def __init__(self, lalm: LALM, attribute: Attribute, settings: RunSettings, records: Sequence[Record] = ()) -> None:
         self.lalm = lalm
         self.attribute = attribute
         self.settings = settings
@@ -91,7 +89,7 @@ class Tracer:
         self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)
         self._oracle = DirectEngine(lalm)
-        self._corrupted: OrderedDict[bytes, Encoding] = OrderedDict()
+        self.corruption = Corruption(lalm, settings.corruption, self.layout, records)
 
     def _open(self, prompt: Prompt) -> TokenTable:
         """Prove the model on noise and silence and choose its engine; returns the noise's token table."""
@@ -148,15 +146,13 @@ class Tracer:
         Raises:
             ModelError: clean and corrupted input differ in their positions.
         """
-        silent = corrupt(waveform, self.settings.corruption.name)
-        spoken = self.transcripts.pair(waveform, silent)
+        heard = self.corruption.heard(record, waveform)
+        spoken = self.transcripts.pair(waveform, heard)
         prompt, other_prompt = (replace(self.prompt(record.id), transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
-        corrupted = self._encode_corrupted(silent, other_prompt)
+        corrupted = self.corruption.encode(record, heard, other_prompt, clean)
         same = clean.tokens.same_layout(corrupted.tokens)
-        lengths = (
-            f"clip and {self.settings.corruption.name} give {len(clean.tokens)} and {len(corrupted.tokens)} positions"
-        )
+        lengths = f"clip and {self.corruption.name} give {len(clean.tokens)} and {len(corrupted.tokens)} positions"
         if not same and spoken[0] == spoken[1]:
             raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
         grid = self.grid(clean.tokens)
@@ -171,6 +167,7 @@ class Tracer:
         trace = SampleTrace(
             readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, prompt, reason)
         )
+        trace.meta |= self.corruption.about(record)
         trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
@@ -185,16 +182,6 @@ class Tracer:
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] = [vars(check) for check in checks]
         return trace
-
-    def _encode_corrupted(self, waveform: np.ndarray, prompt: Prompt) -> Encoding:
-        tokens, inputs = self.lalm.inputs(waveform, prompt, self.layout)
-        key = digest_of(inputs)
-        if key not in self._corrupted:
-            self._corrupted[key] = self.lalm.embed(tokens, inputs)
-            while len(self._corrupted) > CORRUPTED_ENCODINGS_KEPT:
-                self._corrupted.popitem(last=False)
-        self._corrupted.move_to_end(key)
-        return self._corrupted[key]
 
     def _meta(
         self, record: Record, samples: int, tokens: TokenTable, prompt: Prompt, reason: Exclusion
@@ -277,12 +264,3 @@ def _as_sent(tokens: TokenTable) -> str:
     audio = tokens.audio_positions
     before, after = tokens.texts[: audio[0]], tokens.texts[audio[-1] + 1 :]
     return f"{''.join(before)}[{len(audio)} audio positions]{''.join(after)}"
-
-
-def digest_of(inputs: dict[str, Tensor]) -> bytes:
-    """Equal inputs, equal key: tells when a corrupted run was seen before."""
-    digest = hashlib.blake2b()
-    for name in sorted(inputs):
-        digest.update(name.encode())
-        digest.update(inputs[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.digest()

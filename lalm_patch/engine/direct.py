@@ -81,6 +81,7 @@ class DirectEngine:
         order = list(Site)
         wanted = sorted(places, key=lambda place: (place[0], order.index(place[1])))
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
+            self.lalm.enter(encoding)
             found = nnsight.save([states_at(self.lalm.layers[index], site).clone() for index, site in wanted])
         return dict(zip(wanted, found, strict=True))
 
@@ -92,6 +93,7 @@ class DirectEngine:
 
     def _logits(self, encoding: Encoding) -> Tensor:
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
+            self.lalm.enter(encoding)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
@@ -103,6 +105,7 @@ class DirectEngine:
         # Within a layer a forward pass meets the attention's mask before any site.
         steps = sorted([*masked, *(patch.layer for patch in intervention.patches)])
         with torch.no_grad(), self.lalm.traced.trace(**corrupted.inputs):
+            self.lalm.enter(corrupted)
             for layer in dict.fromkeys(steps):
                 if layer in masked:
                     args, kwargs = layers[layer].self_attn.inputs

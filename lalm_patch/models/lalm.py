@@ -31,12 +31,15 @@ class Encoding:
         inputs: keyword arguments of the whole model's forward pass, audio included.
         inputs_embeds: [1, positions, hidden], the decoder's input after audio tower and projector ran.
         position_ids: [1, positions] or, with several position axes, [axes, 1, positions].
+        overwritten: whether `inputs_embeds` is something else than audio tower and projector make of `inputs`; a trace
+            of the whole model then has to put it in, see `LALM.enter`.
     """
 
     tokens: TokenTable
     inputs: dict[str, Tensor]
     inputs_embeds: Tensor
     position_ids: Tensor
+    overwritten: bool = False
 
 
 class LALM:
@@ -176,6 +179,16 @@ class LALM:
         if position_ids is None:
             position_ids = torch.arange(positions, device=embeds.device)[None]
         return Encoding(tokens, inputs, embeds, position_ids)
+
+    def enter(self, encoding: Encoding) -> None:
+        """Inside a trace of the whole model on an encoding's inputs: the decoder starts from its `inputs_embeds`."""
+        if not encoding.overwritten:
+            return
+        args, kwargs = self.decoder.inputs
+        if kwargs.get("inputs_embeds") is None:  # a decoder that takes ids and puts the audio in itself, see `embed`
+            self.layers[0].input = encoding.inputs_embeds
+        else:
+            self.decoder.inputs = args, kwargs | {"inputs_embeds": encoding.inputs_embeds}
 
     def target_ids(self, prompt: Prompt, layout: str, target: str = "leading_space") -> tuple[int, ...]:
         """First token of each option where it follows the response phrase, in the prompt's order of options.

@@ -5,21 +5,25 @@ from __future__ import annotations
 from lalm_patch.stimuli.audio import MAX_SECONDS, SAMPLING_RATE, Waveform, read_audio
 from lalm_patch.stimuli.corruption import CORRUPTIONS, corrupt, silence
 from lalm_patch.stimuli.demo import load_demo
+from lalm_patch.stimuli.partners import Partners, fitted
 from lalm_patch.stimuli.prompt import Attribute, Prompt, PromptPart
-from lalm_patch.stimuli.sakura import Record, check_records, data_fingerprint, load_sakura
+from lalm_patch.stimuli.sakura import Record, balanced_part, check_records, data_fingerprint, load_sakura
 
 __all__ = [
     "CORRUPTIONS",
     "MAX_SECONDS",
     "SAMPLING_RATE",
     "Attribute",
+    "Partners",
     "Prompt",
     "PromptPart",
     "Record",
     "Waveform",
+    "balanced_part",
     "check_records",
     "corrupt",
     "data_fingerprint",
+    "fitted",
     "load_demo",
     "load_sakura",
     "read_audio",

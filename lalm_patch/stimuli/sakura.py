@@ -26,7 +26,7 @@ LABEL_COLUMN = "attribute_label"
 AUDIO_COLUMN = "audio"
 SPLIT = "test"
 
-_CREMA_D = re.compile(r"(\d{4})_[A-Z]{3}_(?:ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{1,2}$")
+_CREMA_D = re.compile(r"(\d{4})_([A-Z]{3})_(?:ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{1,2}$")
 _COMMON_VOICE = re.compile(r"(common_voice_[A-Za-z-]+_\d+)$")
 
 
@@ -36,7 +36,8 @@ class Record:
 
     `id` is unique in its corpus and the same on every machine (`dog4.wav`); `label` is one of the attribute's
     options; `name` says in messages where the clip comes from; `group` is shared by clips that are not independent
-    (the CREMA-D speaker, the Common Voice recording), for clustered statistics, and else the id.
+    (the CREMA-D speaker, the Common Voice recording), for clustered statistics, and else the id; `sentence` is what is
+    said, as CREMA-D's file names tell it, and else empty.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Record:
     source: Path | bytes = field(repr=False)
     name: str
     group: str
+    sentence: str = ""
 
     def waveform(self, max_seconds: float | None = MAX_SECONDS) -> Waveform:
         """float32 [samples], mono, 16 kHz. Raises AudioError, see `read_audio`."""
@@ -138,7 +140,7 @@ def _folder_records(attribute: Attribute, root: Path, limit: int | None, seed: i
             f"{audio}: expected the {len(rows)} clips chosen from {TABLE}, {len(missing)} of them are missing, "
             f"first {missing[0]}; complete the copy or take their rows out of the table"
         )
-    return [Record(row.id, row.label, audio / row.id, str(audio / row.id), _group(row.id)) for row in rows]
+    return [_record(row, audio / row.id, str(audio / row.id)) for row in rows]
 
 
 def _attribute_folder(root: Path, name: str) -> Path:
@@ -240,6 +242,11 @@ def _selected(rows: list[_Row], attribute: Attribute, limit: int | None, seed: i
     return [row for row in rows if row.id in part]
 
 
+def _record(row: _Row, source: Path | bytes, name: str) -> Record:
+    crema = _CREMA_D.match(PurePosixPath(row.id).stem)
+    return Record(row.id, row.label, source, name, _group(row.id), crema[2] if crema else "")
+
+
 def _group(clip: str) -> str:
     stem = PurePosixPath(clip).stem
     if speaker := _CREMA_D.match(stem):
@@ -277,7 +284,7 @@ def _hub_record(row: _Row, clip: Mapping[str, Any] | None, name: str) -> Record:
         source = Path(cell["path"])
     else:
         raise DataError(f"{name}: expected audio, got an empty cell; take the row out of the data set")
-    return Record(row.id, row.label, source, name, _group(row.id))
+    return _record(row, source, name)
 
 
 def _import_datasets() -> Any:
