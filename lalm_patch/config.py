@@ -17,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
 from lalm_patch.segments import KNOCKOUTS, check_edges
-from lalm_patch.settings import CHOICES, ON_EMBEDDINGS, RunSettings
+from lalm_patch.settings import CHOICES, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
 from lalm_patch.shards import Shard
+from lalm_patch.spans import Spans, check_spans
 
 
 def config_folder() -> Path:
@@ -83,6 +84,12 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
     _check_knockout(settings)
     _check_corruption(settings)
+    if settings.backend.name == "ndif" and settings.metric.name in WHOLE_VOCABULARY:
+        raise ConfigError(
+            f"metric={settings.metric.name} needs the whole vocabulary's logits, which a server does not send back: "
+            "choose another metric, or backend=local"
+        )
+    _check_audio(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
         raise ConfigError(
             f"site=head with granularity={settings.granularity.name}: heads times tokens times layers are more cells "
@@ -93,6 +100,39 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(
             f"backend=ndif exchanges the residual stream after single layers, denoising; got site={site.name}, "
             f"site.window={site.window}, direction={direction}: use backend=local for these"
+        )
+
+
+def _check_audio(settings: RunSettings) -> None:
+    """Windows of the audio, and the sites before the decoder that only they reach."""
+    granularity, site = settings.granularity, settings.site
+    if granularity.name != "audio":
+        if granularity.seconds is not None or granularity.positions is not None:
+            raise ConfigError(
+                f"granularity.seconds and granularity.positions go with granularity=audio, not {granularity.name}"
+            )
+        if site.name in ("embed", "tower"):
+            raise ConfigError(
+                f"site={site.name} is before the text hears anything: expected granularity=audio, got "
+                f"granularity={granularity.name}"
+            )
+        return
+    check_spans(Spans(granularity.seconds, granularity.positions))
+    if settings.backend.name == "ndif":
+        raise ConfigError("granularity=audio is not sent to servers: use backend=local")
+    if site.name == "embed" and (site.window != 1 or granularity.layers is not None):
+        raise ConfigError("site=embed is one place, not one per layer: expected site.window=1, granularity.layers=null")
+    if site.name == "tower" and granularity.seconds is None:
+        raise ConfigError("site=tower has frames, not audio positions: expected granularity.seconds, got null")
+    if site.name == "tower" and settings.engine.name == "replay":
+        raise ConfigError(
+            "site=tower with engine=replay: what changes in the audio encoder changes all it gives, so that no work is "
+            "shared; use engine=auto or direct"
+        )
+    if site.name == "tower" and settings.corruption.name in ON_EMBEDDINGS:
+        raise ConfigError(
+            f"site=tower with corruption={settings.corruption.name}: both runs have the same audio encoder states; use "
+            "a corruption that is sound, or site=embed"
         )
 
 

@@ -24,6 +24,7 @@ from lalm_patch.engine.memory import bytes_per_token
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
 from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions import Site
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
@@ -75,12 +76,13 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     check_sites(lalm, [place.site])
     if place.knockout:
         check_cuts(lalm)
-    layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
+    layers = chosen_layers(place.num_layers, settings.granularity.layers, place.layer_kind)
     check_present(place.edges, tokens.segments)
     grid = make_grid(settings.granularity.name, tokens, layers, place)
     obstacle = replay_obstacle(lalm)
     there = settings.backend.name == "ndif"
-    replay = settings.engine.name != "direct" and obstacle is None and not there
+    tower = place.site is Site.TOWER
+    replay = settings.engine.name != "direct" and obstacle is None and not there and not tower
     cost = estimate(lalm, grid, tokens, settings, replay)
     clips = f"{len(records)} clips" if isinstance(records, list) else f"clips unknown here ({records})"
     engine = "replay" if replay else "direct" + (f" ({obstacle})" if obstacle else "")
@@ -128,6 +130,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
     if replay:
+        first = min([first, *(cell.first_position for cell in grid.cells)])
         suffixes = [(cell.entry_layer, length - cell.first_position) for cell in grid.cells]
         positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
         passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)

@@ -14,6 +14,7 @@ from lalm_patch.interventions import Cut, Intervention, Patch, Site
 from lalm_patch.models.tokens import TokenTable
 from lalm_patch.segments import AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
 from lalm_patch.settings import GranularitySettings, SiteSettings
+from lalm_patch.spans import Spans, audio_windows, tower_windows
 
 if TYPE_CHECKING:
     from lalm_patch.models import LALM
@@ -65,6 +66,20 @@ def segment_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "segment"), coords, cells)
 
 
+def audio_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
+    """Audio positions (at the site `tower`, the encoder's frames) of a window of the clip, for each (layer, window).
+
+    Raises:
+        ModelError: see `lalm_patch.spans`.
+    """
+    spans = place.spans or Spans()
+    tower = place.site is Site.TOWER
+    windows = (tower_windows if tower else audio_windows)(tokens, spans)
+    cells = [Intervention([Patch(layer, chosen)]) for layer in layers for chosen in windows.values()]
+    coords = {"layer": np.asarray(layers), "window": np.array(list(windows), object)}
+    return Grid(("layer", "window"), coords, tuple(cells))
+
+
 def edge_grid(tokens: TokenTable, layers: Sequence[int], edges: Sequence[str] = ()) -> Grid:
     """Attention between two segments cut in one layer, for each (layer, edge); without edges, all of the prompt's."""
     names = tuple(edges) or edge_names(tokens.segments)
@@ -86,10 +101,11 @@ class Place:
     Attributes:
         site: where in the layer; `head` patches one attention head at a time.
         window: layers patched together: a cell's own and the ones above it, as far as there are any.
-        num_layers: decoder layers of the model.
+        num_layers: decoder layers of the model; at the site `tower` layers of its audio encoder.
         num_heads: attention heads of each.
         knockout: whether attention is cut, and no state exchanged.
         edges: which edges are cut; empty for all.
+        spans: windows of the audio, where the audio is patched and not the text.
     """
 
     site: Site = Site.RESID
@@ -98,6 +114,12 @@ class Place:
     num_heads: int = 0
     knockout: bool = False
     edges: tuple[str, ...] = ()
+    spans: Spans | None = None
+
+    @property
+    def layer_kind(self) -> str:
+        """Which layers they are."""
+        return "audio encoder" if self.site is Site.TOWER else "decoder"
 
     def layers_from(self, layer: int) -> range:
         """The layers of the window that begins at one."""
@@ -106,7 +128,11 @@ class Place:
 
 def place_in(lalm: LALM, site: SiteSettings, granularity: GranularitySettings | None = None) -> Place:
     """The place that settings name, in a model."""
-    place = Place(Site(site.name), site.window, lalm.num_layers, lalm.num_heads)
+    where = Site(site.name)
+    layers = {Site.TOWER: len(lalm.tower_layers), Site.EMBED: 1}.get(where, lalm.num_layers)
+    place = Place(where, site.window, layers, lalm.num_heads)
+    if granularity is not None and granularity.name == "audio":
+        return replace(place, spans=Spans(granularity.seconds, granularity.positions))
     if granularity is None or granularity.name not in KNOCKOUTS:
         return place
     return replace(place, knockout=True, edges=tuple(granularity.edges or ()))
@@ -141,13 +167,19 @@ GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
     "layer": layer_grid,
     "token": token_grid,
     "segment": segment_grid,
+    "audio": lambda tokens, layers: audio_grid(tokens, layers, Place()),
     "edge": edge_grid,
     "early_text_only": early_text_only_grid,
 }
 
 
-def chosen_layers(num_layers: int, layers: Sequence[int] | None) -> tuple[int, ...]:
+def chosen_layers(num_layers: int, layers: Sequence[int] | None, kind: str = "decoder") -> tuple[int, ...]:
     """The layers a run patches: all of them, or the ones asked for (negative ones count from the end).
+
+    Args:
+        num_layers: how many there are.
+        layers: the ones asked for; None for all.
+        kind: what layers they are, for the message.
 
     Raises:
         ConfigError: a layer the model does not have, or one named twice.
@@ -157,7 +189,7 @@ def chosen_layers(num_layers: int, layers: Sequence[int] | None) -> tuple[int, .
     wrong = [layer for layer in layers if not -num_layers <= layer < num_layers]
     if wrong or not layers:
         raise ConfigError(
-            f"granularity.layers={list(layers)}: the model has decoder layers 0 to {num_layers - 1}; "
+            f"granularity.layers={list(layers)}: the model has {kind} layers 0 to {num_layers - 1}; "
             "give a list of those, or null for all"
         )
     chosen = sorted(layer % num_layers for layer in layers)
@@ -176,5 +208,7 @@ def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int], place
         raise ConfigError(f"granularity={granularity!r}: expected one of {', '.join(GRANULARITIES)}")
     if granularity == "edge" and place is not None:
         return at_place(edge_grid(tokens, layers, place.edges), place)
+    if granularity == "audio" and place is not None:
+        return at_place(audio_grid(tokens, layers, place), place)
     grid = GRANULARITIES[granularity](tokens, layers)
     return grid if place is None else at_place(grid, place)

@@ -8,8 +8,13 @@ from enum import StrEnum
 
 
 class Site(StrEnum):
-    """A named place in every decoder layer."""
+    """A named place in the model, in the order in which a forward pass meets them: in every decoder layer, but for the
+    first two."""
 
+    TOWER = "tower"
+    """What leaves a layer of the audio encoder, [chunks, frames, width]; positions are frames, chunk after chunk."""
+    EMBED = "embed"
+    """What enters the first decoder layer, [batch, positions, hidden]: at audio positions the projector's output."""
     HEAD = "head"
     """One attention head's part of what enters the output projection, [batch, positions, head size]."""
     ATTN = "attn"
@@ -29,8 +34,8 @@ class Patch:
     """Take these states from the source run.
 
     Attributes:
-        layer: index of the decoder layer, from 0.
-        positions: positions in the decoder's sequence, ascending.
+        layer: index of the decoder layer, from 0 (at the site `embed` it is 0); at `tower` of the encoder layer.
+        positions: positions in the decoder's sequence, ascending; at `tower` frames.
         site: where in the layer.
         head: which attention head, from 0; for the site `head` only.
     """
@@ -47,6 +52,8 @@ class Patch:
             raise ValueError(f"positions must be ascending, distinct and not negative, got {self.positions}")
         if (self.head is None) == (self.site is Site.HEAD) or (self.head or 0) < 0:
             raise ValueError(f"the site head, and no other, has a head, from 0: got {self.head} at {self.site}")
+        if self.site is Site.EMBED and self.layer:
+            raise ValueError(f"the site embed is before layer 0, got layer {self.layer}")
 
     @property
     def entry_layer(self) -> int:
@@ -54,9 +61,15 @@ class Patch:
         return self.layer + (self.site is Site.RESID)
 
     @property
-    def moment(self) -> tuple[int, int, int, tuple[int, ...]]:
+    def moment(self) -> tuple[bool, int, int, int, tuple[int, ...]]:
         """What a forward pass meets earlier is smaller."""
-        return self.layer, _ORDER[self.site], -1 if self.head is None else self.head, self.positions
+        return (
+            self.site is not Site.TOWER,
+            self.layer,
+            _ORDER[self.site],
+            -1 if self.head is None else self.head,
+            self.positions,
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,11 @@ class Intervention:
         """The first position whose states change; earlier ones keep theirs (causal attention)."""
         return min([patch.positions[0] for patch in self.patches] + [cut.targets[0] for cut in self.cuts])
 
+    @property
+    def in_tower(self) -> tuple[Patch, ...]:
+        """The patches of the audio encoder: they change everything the decoder gets."""
+        return tuple(patch for patch in self.patches if patch.site is Site.TOWER)
+
     def at(self, layer: int) -> tuple[Patch, ...]:
-        """The patches of one layer."""
-        return tuple(patch for patch in self.patches if patch.layer == layer)
+        """The patches of one decoder layer."""
+        return tuple(patch for patch in self.patches if patch.layer == layer and patch.site is not Site.TOWER)

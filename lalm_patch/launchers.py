@@ -20,12 +20,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from lalm_patch.config import register, to_settings
-from lalm_patch.errors import LalmPatchError
+from lalm_patch.errors import ConfigError, LalmPatchError
 from lalm_patch.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, status
 from lalm_patch.shards import run_folder_of
 from lalm_patch.store import is_finished
 
 log = logging.getLogger(__name__)
+
+METRIC_KEYS = ("metric", "metric.name")
 
 sweep: list[SweepRun] = []
 """The runs of this process's sweep so far, for the summary at its end: Hydra hands launchers nothing to report to."""
@@ -51,6 +53,11 @@ class SweepLauncher(Launcher):  # type: ignore[misc]
         What failed is in the run's folder and in the summary: an error in what is returned here would make Hydra stop.
         """
         plan = [self._planned(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        try:
+            _check_metrics(plan)
+        except ConfigError as error:
+            log.error("error: %s", error)
+            sys.exit(1)  # Hydra would print a traceback
         first_of = {run.folder: i for i, run in reversed(list(enumerate(plan)))}
         sweep.extend(plan[i] for i in sorted(first_of.values()))
         todo = [i for i in sorted(first_of.values()) if not plan[i].before]
@@ -71,6 +78,19 @@ class SweepLauncher(Launcher):  # type: ignore[misc]
         folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
         run = SweepRun(tuple(filter_overrides(overrides)), folder)
         return replace(run, before=_finished_before(config, folder))
+
+
+def _check_metrics(plan: Sequence[SweepRun]) -> None:
+    """Raises ConfigError where one run is planned with several metrics: only the first one would be drawn."""
+    asked: dict[Path, set[str]] = {}
+    for run in plan:
+        named = [override.partition("=")[2] for override in run.overrides if override.split("=")[0] in METRIC_KEYS]
+        asked.setdefault(run.folder, set()).update(named)
+    if several := next((names for names in asked.values() if len(names) > 1), None):
+        raise ConfigError(
+            f"metrics {', '.join(sorted(several))} are all read from one run: leave them out of the sweep and use "
+            "metric=all, or python -m lalm_patch.report --metric NAME"
+        )
 
 
 def _nothing_to_raise(overrides: Sequence[str]) -> JobReturn:

@@ -13,6 +13,7 @@ import xarray as xr
 from lalm_patch.metrics import Exclusion, share_moved
 from lalm_patch.netcdf import clean_text
 from lalm_patch.segments import has_edge, segments_of
+from lalm_patch.spans import PADDING, start_of
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.store import SampleRecord
 
@@ -21,12 +22,16 @@ _AXES = {
     "head": "attention head, from 0",
     "segment": "segment of the text",
     "edge": "attention that is cut",
+    "window": "window of the audio",
 }
+_LAYERS = {"tower": "audio encoder layer, from 0", "embed": "decoder layer, whose input is patched"}
+"""What layers are at the sites that are not of all decoder layers."""
 _MISSING_CELL = "NaN: the sample is excluded (see `exclusion`)"
 _MISSING = {
     "token": f"{_MISSING_CELL}, or its text has fewer tokens than the longest one",
     "segment": f"{_MISSING_CELL}, or its text lacks the segment",
     "edge": f"{_MISSING_CELL}, or its text lacks one of the segments",
+    "window": f"{_MISSING_CELL}, or its clip is over before the window",
 }
 
 
@@ -51,6 +56,8 @@ def build_dataset(
         Dimensions sample, option, `dims`; per sample the probabilities, the recovery rate, why it is excluded, and the
         option logits and logsumexp from which other metrics follow.
     """
+    if "window" in dims:  # clips have as many windows as they are long
+        coords = {**coords, "window": _windows(samples)}
     text_length = max((len(sample.meta["token_ids"]) for sample in samples), default=0)
     sizes = {name: len(labels) for name, labels in coords.items()} | {"token": text_length}
     shape = tuple(sizes[dim] for dim in dims)
@@ -118,7 +125,9 @@ def build_dataset(
         variables["partner"] = _variable("sample", partners, "clip that the corrupted run hears; empty if not run")
     variables |= _whole_vocabulary(samples, answers, dims, coords, shape, direction, missing)
     variables |= _token_variables(samples, text_length)
-    dataset = xr.Dataset(variables, coords=_coordinates(samples, options, coords, text_length))
+    dataset = xr.Dataset(
+        variables, coords=_coordinates(samples, options, coords, text_length, str(attributes.get("site")))
+    )
     reasons = Counter(sample.meta["exclusion"] for sample in samples)
     dataset.attrs = {
         **attributes,
@@ -127,6 +136,13 @@ def build_dataset(
         "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
     }
     return dataset
+
+
+def _windows(samples: Sequence[SampleRecord]) -> np.ndarray:
+    """Names of all windows that the clips have, in time, what is after the clips last."""
+    lists = [sample.meta.get("windows", []) for sample in samples]
+    names = dict.fromkeys(name for names in sorted(lists, key=len, reverse=True) for name in names)
+    return np.array(sorted(names, key=lambda name: name == PADDING), object)
 
 
 def _places(
@@ -138,6 +154,8 @@ def _places(
     for axis, dim in enumerate(dims):
         if dim == "segment":
             places[axis] = np.flatnonzero([name in segments for name in coords[dim]])
+        elif dim == "window":
+            places[axis] = np.flatnonzero([name in sample.meta["windows"] for name in coords[dim]])
         elif dim == "edge":
             places[axis] = np.flatnonzero([has_edge(str(name), segments) for name in coords[dim]])
     return places
@@ -182,6 +200,7 @@ def _coordinates(
     options: Sequence[str],
     coords: Mapping[str, Sequence[int] | np.ndarray],
     length: int,
+    site: str,
 ) -> dict[str, Any]:
     coordinates: dict[str, Any] = {
         "sample": ("sample", np.array([clean_text(sample.id) for sample in samples], object), {"long_name": "clip"}),
@@ -190,6 +209,12 @@ def _coordinates(
         "label": ("sample", _texts(samples, "label"), {"long_name": "right answer"}),
         "group": ("sample", _texts(samples, "group"), {"long_name": "speaker or source recording"}),
     }
+    if "window" in coords:
+        starts = np.array([start_of(str(name)) for name in coords["window"]])
+        described = {"long_name": "start of the window; NaN where it has no time", "units": "s"}
+        coordinates["window_start"] = ("window", starts, described)
+    if site in _LAYERS:
+        coordinates["layer"][2]["long_name"] = _LAYERS[site]
     attributes = {"long_name": "position, counted from the first one after the audio"}
     coordinates["token"] = ("token", np.arange(length), attributes)
     return coordinates

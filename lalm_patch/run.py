@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from lalm_patch.analysis import mean_recovery
+from lalm_patch.analysis import METRICS, mean_recovery, with_metric
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
 from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
-from lalm_patch.figures import plot_run
+from lalm_patch.figures import plot_clip, plot_run
 from lalm_patch.metrics import Exclusion
 from lalm_patch.models.checkpoint import find_checkpoint
+from lalm_patch.netcdf import clean_text
 from lalm_patch.progress import Progress
 from lalm_patch.provenance import describe, identity
 from lalm_patch.results import build_dataset
-from lalm_patch.settings import RunSettings
+from lalm_patch.settings import WHOLE_VOCABULARY, RunSettings
 from lalm_patch.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
 from lalm_patch.store import RESULT, RunStore, is_finished
@@ -120,8 +121,30 @@ class _Work:
             remove_journals(self.folder)
             dataset = store.load()
         recovery = mean_recovery(dataset, seed=self.settings.seed)
-        files = (self.folder / RESULT, *plot_run(dataset, self.folder, recovery))
-        return RunOutcome(dataset, files, summary(dataset, files, recovery))
+        files = [self.folder / RESULT, *plot_run(dataset, self.folder, recovery), *self._plot_clip(dataset)]
+        shown = dataset
+        for name in self._other_metrics(dataset):
+            measured = with_metric(dataset, name)
+            files += plot_run(measured, self.folder, name=f"figure-{name}")
+            if self.settings.metric.name == name:
+                shown, recovery = measured, mean_recovery(measured, seed=self.settings.seed)
+        return RunOutcome(dataset, tuple(files), summary(shown, files, recovery))
+
+    def _other_metrics(self, dataset: xr.Dataset) -> list[str]:
+        """Metrics besides the probability that are to be drawn; `all` leaves out what the run could not store."""
+        chosen = self.settings.metric.name
+        if chosen != "all":
+            return [] if chosen == "probability" else [chosen]
+        stored = [name for name in METRICS if name not in WHOLE_VOCABULARY or f"{name}_patched" in dataset]
+        return [name for name in stored if name != "probability"]
+
+    def _plot_clip(self, dataset: xr.Dataset) -> list[Path]:
+        """Where windows of the audio are patched: the first clip that counts, under its spectrogram."""
+        counting = dataset["sample"].values[dataset["kept"].values.astype(bool)]
+        if self.settings.granularity.name != "audio" or not len(counting):
+            return []
+        record = next(record for record in self.records if clean_text(record.id) == counting[0])
+        return plot_clip(dataset, str(counting[0]), record.waveform(None), self.folder)
 
     def shard(self, shard: Shard) -> RunOutcome:
         """The shard's clips; and the result, if no other clips are missing then."""

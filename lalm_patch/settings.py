@@ -61,15 +61,20 @@ class GranularitySettings:
     """What is changed at once (`conf/granularity/*.yaml`).
 
     Attributes:
-        name: layer (all text positions), token (one), segment (all of a segment), edge (attention between two segments
-            is cut), or early_text_only (attention of the text to the audio is cut up to a layer).
+        name: layer (all text positions), token (one), segment (all of a segment), audio (a window of the audio), edge
+            (attention between two segments is cut), or early_text_only (attention of the text to the audio is cut up
+            to a layer).
         layers: in which decoder layers; null for all.
         edges: of granularity=edge, which ones, as SOURCE-TARGET; null for all; site=head takes exactly one.
+        seconds: of granularity=audio, length of a window in time; null to count positions.
+        positions: of granularity=audio, audio positions in a window; null to measure time.
     """
 
     name: str = MISSING
     layers: list[int] | None = None
     edges: list[str] | None = None
+    seconds: float | None = None
+    positions: int | None = None
 
 
 @dataclass
@@ -77,8 +82,10 @@ class SiteSettings:
     """Where in a layer states are exchanged (`conf/site/*.yaml`).
 
     Attributes:
-        name: resid (the residual stream after the layer), attn or mlp (what they add to it), or head (one attention
-            head at a time, before the output projection; with granularity=layer).
+        name: resid (the residual stream after the layer), attn or mlp (what they add to it), head (one attention
+            head at a time, before the output projection; with granularity=layer), embed (what enters the decoder: at
+            audio positions the projector's output) or tower (after a layer of the audio encoder), both with
+            granularity=audio.
         window: layers exchanged together: a cell's own and the ones above it.
     """
 
@@ -133,6 +140,17 @@ class CorruptionSettings:
     name: str = MISSING
     scale: float | None = None
     seed: int = 0
+
+
+@dataclass
+class MetricSettings:
+    """What figures and the page of text show (`conf/metric/*.yaml`); every metric follows from what a run stores.
+
+    Attributes:
+        name: probability, log_probability, logit_margin, option_probability, rank, kl (see `analysis.metric`), or all.
+    """
+
+    name: str = MISSING
 
 
 @dataclass
@@ -220,6 +238,7 @@ class RunSettings:
     direction: DirectionSettings = field(default_factory=DirectionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
+    metric: MetricSettings = field(default_factory=MetricSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
@@ -236,7 +255,11 @@ class RunSettings:
 ON_EMBEDDINGS = ("gaussian", "mean")
 """Corruptions of what the decoder gets; the model hears the clip itself."""
 
-# Settings that say where or how fast a run computes, not what: changing them keeps the run's folder.
+WHOLE_VOCABULARY = ("rank", "kl")
+"""Metrics that need more than the options' logits and their sum over the vocabulary."""
+
+# Settings that say where or how fast a run computes, or what is drawn, not what is computed: changing them keeps the
+# run's folder.
 NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "outputs",
     "run_name",
@@ -244,6 +267,7 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "threads",
     "shard",
     "on_failed_check",
+    "metric.name",
     "model.device",
     "model.device_map",
     "engine.pack_tokens",
@@ -259,7 +283,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("sdpa", "eager"),
     "model.prompt_layout": ("chat", "user", "flat", "fixed"),
-    "site.name": ("resid", "attn", "mlp", "head"),
+    "site.name": ("resid", "attn", "mlp", "head", "embed", "tower"),
     "direction.name": ("denoising", "noising"),
     "data.name": ("auto", "demo", "sakura"),
     "data.bad_clips": ("stop", "exclude"),
@@ -273,6 +297,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         "gaussian",
         "mean",
     ),
+    "metric.name": ("probability", "log_probability", "logit_margin", "option_probability", "rank", "kl", "all"),
     "prompt.layout": (None, "chat", "user", "flat", "fixed"),
     "prompt.order": ("fixed", "shuffled"),
     "prompt.target": ("leading_space", "bare"),

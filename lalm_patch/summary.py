@@ -10,6 +10,7 @@ import xarray as xr
 
 from lalm_patch.analysis import (
     KEPT,
+    About,
     Cell,
     about,
     accuracy,
@@ -88,8 +89,9 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     half = next((cell for cell in line if cell.mean > 0.5), None)
     reached = "never" if half is None else f"from layer {half.layer}"
     best = peak.over_layers
+    before, after = (float(kept[name].mean()) for name in ("p_clean", "p_corrupted"))
     lines = [
-        f"p(right) clean {float(kept['p_clean'].mean()):.3f}, corrupted {float(kept['p_corrupted'].mean()):.3f}",
+        f"{_measured(info)} clean {before:.3f}, corrupted {after:.3f}",
         f"{what} {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
         f"layer {line[-1].layer}: {line[-1].mean:z.2f}",
         f"peak     {best.place}: {_mean(best)}, n={best.n} (95 % bootstrap over groups; the first of equals)",
@@ -100,6 +102,11 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     if (window := planted_window(dataset)) is not None:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
     return lines
+
+
+def _measured(info: About) -> str:
+    """What is recovered: the answer's probability, or another metric in its place."""
+    return "p(right)" if info.metric == "probability" else info.metric.replace("_", " ")
 
 
 def _mean(cell: Cell) -> str:

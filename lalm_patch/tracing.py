@@ -78,7 +78,7 @@ class Tracer:
         self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
         self.place = place_in(lalm, settings.site, settings.granularity)
         self.noising = settings.direction.name == "noising"
-        self.layers = chosen_layers(lalm.num_layers, settings.granularity.layers)
+        self.layers = chosen_layers(self.place.num_layers, settings.granularity.layers, self.place.layer_kind)
         self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
         self.transcripts = Transcripts(lalm, settings)
         self.checks: list[Check] = []
@@ -156,6 +156,7 @@ class Tracer:
         if not same and spoken[0] == spoken[1]:
             raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
         grid = self.grid(clean.tokens)
+        progress.drop(self.cells_per_sample - len(grid.cells))  # clips differ in their text, or in their windows
         answer = self.attribute.options.index(record.label)
         source, target = (corrupted, clean) if self.noising else (clean, corrupted)
         base = self.engine.base(source, target, self.option_ids)
@@ -168,6 +169,8 @@ class Tracer:
             readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, prompt, reason)
         )
         trace.meta |= self.corruption.about(record)
+        if self.place.spans is not None:
+            trace.meta["windows"] = [str(name) for name in grid.coords["window"]]
         trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"

@@ -96,7 +96,7 @@ def test_direct_engine_equals_plain_hooks_at_every_site(lalm: LALM, prompt: Prom
         assert (rows.option_logits[row] != base.option_logits[1]).any()  # the patch did something
 
 
-@pytest.mark.parametrize("site", list(Site))
+@pytest.mark.parametrize("site", [Site.RESID, Site.ATTN, Site.MLP, Site.HEAD])
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("granularity", ["layer", "token"])
 def test_replay_equals_direct_at_every_site(

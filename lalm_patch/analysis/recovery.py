@@ -13,7 +13,7 @@ from lalm_patch.analysis.alignment import align_tokens, kept_samples
 from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
 from lalm_patch.analysis.run_info import about
 
-COLUMNS = ("head", "segment", "edge")
+COLUMNS = ("head", "segment", "edge", "window")
 """Dimensions whose columns are no curve over layers each with a place of its own in the text."""
 SAME_PLATEAU = 1e-3
 """Means this close to the largest one count as tied: on a plateau, rounding would choose the layer otherwise."""

@@ -18,10 +18,10 @@ class About:
     Attributes:
         model: short name of the model.
         attribute: name of the attribute.
-        granularity: `layer`, `token`, `segment` or `head` (layers and heads).
+        granularity: `layer`, `token`, `segment`, `window` (of the audio), `edge` or `head`.
         layers: decoder layers the model has.
         seed: of the bootstrap.
-        site: where in a layer states were exchanged: `resid`, `attn`, `mlp` or `head`.
+        site: where states were exchanged: `resid`, `attn`, `mlp`, `head`, `embed` or `tower`.
         window: layers exchanged together.
         direction: `denoising` or `noising`.
         corruption: what the corrupted run hears: `silence`, or another.
@@ -67,7 +67,7 @@ class About:
     @property
     def cumulative(self) -> bool:
         """Whether states hold everything that lower layers have done, so that a curve over layers ends at 1."""
-        return self.site == "resid"
+        return self.site == "resid" and self.granularity != "window"
 
 
 def about(dataset: xr.Dataset) -> About:

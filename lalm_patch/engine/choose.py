@@ -15,7 +15,7 @@ from lalm_patch.engine.direct import DirectEngine
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, Place, at_place, edge_grid, layer_grid, token_grid
+from lalm_patch.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.settings import EngineSettings
@@ -73,7 +73,7 @@ def choose_engine(
     if place.knockout:
         check_cuts(lalm)
     engine, checks = _choose(lalm, settings, pair, option_ids, tolerance, place)
-    if place.site is not Site.RESID:
+    if place.site in (Site.ATTN, Site.MLP, Site.HEAD):
         checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
     return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
 
@@ -107,7 +107,7 @@ def noise_floor(
 
     By definition every such cell is the corrupted run again, in any engine and for any weights.
     """
-    grid = _random_cells(corrupted, range(engine.lalm.num_layers), place)
+    grid = _random_cells(engine.lalm, corrupted, place)
     unpatched = engine.base(corrupted, corrupted, ids).probabilities[1]
     patched = engine.sweep(corrupted, corrupted, grid, ids).probabilities
     return Check.at_most("noise_floor", float(np.abs(patched - unpatched).max()), tolerance)
@@ -116,7 +116,7 @@ def noise_floor(
 def _choose(
     lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float, place: Place
 ) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
-    if settings.name == "direct":
+    if settings.name == "direct" or place.site is Site.TOWER:  # in the encoder every frame hears every other
         return DirectEngine(lalm), []
     obstacle = replay_obstacle(lalm)
     if obstacle is None:
@@ -141,20 +141,21 @@ def _choose(
 
 def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place) -> Check:
     """Compare the engines on a few random cells of both kinds of grid."""
-    grid = _random_cells(pair.noise, range(replay.lalm.num_layers), place, place.knockout)
+    grid = _random_cells(replay.lalm, pair.noise, place, place.knockout)
     fast = replay.sweep(pair.noise, pair.silence, grid, ids).probabilities
     slow = DirectEngine(replay.lalm).sweep(pair.noise, pair.silence, grid, ids).probabilities
     return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)
 
 
-def _random_cells(encoding: Encoding, layers: range, place: Place, knockout: bool = False) -> Grid:
-    """A few cells, seeded, of the layer-wise and the token-wise grid; for knockout, of edges that are cut."""
-    tokens = encoding.tokens
-    made = (
-        [edge_grid(tokens, layers, place.edges)]
-        if knockout
-        else [layer_grid(tokens, layers), token_grid(tokens, layers)]
-    )
+def _random_cells(lalm: LALM, encoding: Encoding, place: Place, knockout: bool = False) -> Grid:
+    """A few cells, seeded, of the layer- and the token-wise grid; of windows of the audio; of edges that are cut."""
+    tokens, layers = encoding.tokens, range(place.num_layers or lalm.num_layers)
+    if knockout:
+        made = [edge_grid(tokens, layers, place.edges)]
+    elif place.spans is not None:
+        made = [audio_grid(tokens, layers, place)]
+    else:
+        made = [layer_grid(tokens, layers), token_grid(tokens, layers)]
     grids = [at_place(grid, place) for grid in made]
     cells = tuple(cell for grid in grids for cell in grid.cells)
     chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lalm_patch.engine.cuts import check_cuts, masks
 from lalm_patch.engine.readout import Readout
-from lalm_patch.engine.sites import columns, overwrite, states_at
+from lalm_patch.engine.sites import columns, layer_at, overwrite, states_at
 from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention, Site
+from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 
 Progress = Callable[[int], None]
@@ -79,11 +79,14 @@ class DirectEngine:
     def states(self, encoding: Encoding, places: Iterable[tuple[int, Site]]) -> dict[tuple[int, Site], Tensor]:
         """States [1, positions, width] of an unpatched run at the given (layer, site)."""
         order = list(Site)
-        wanted = sorted(places, key=lambda place: (place[0], order.index(place[1])))
+        wanted = sorted(places, key=lambda place: (place[1] is not Site.TOWER, place[0], order.index(place[1])))
+        in_tower = [place for place in wanted if place[1] is Site.TOWER]
+        in_decoder = wanted[len(in_tower) :]
         with torch.no_grad(), self.lalm.traced.trace(**encoding.inputs):
+            heard = nnsight.save([states_at(layer_at(self.lalm, *place), place[1]).clone() for place in in_tower])
             self.lalm.enter(encoding)
-            found = nnsight.save([states_at(self.lalm.layers[index], site).clone() for index, site in wanted])
-        return dict(zip(wanted, found, strict=True))
+            found = nnsight.save([states_at(layer_at(self.lalm, *place), place[1]).clone() for place in in_decoder])
+        return dict(zip(wanted, [*heard, *found], strict=True))
 
     def _base_logits(self, clean: Encoding, corrupted: Encoding) -> Tensor:
         """Logits [2, vocabulary] of the two unpatched runs; of the last pair of encodings they are known."""
@@ -102,18 +105,27 @@ class DirectEngine:
     ) -> Tensor:
         layers: list[Any] = self.lalm.layers
         masked = masks(self.lalm, intervention.cuts, len(corrupted.tokens))
-        # Within a layer a forward pass meets the attention's mask before any site.
-        steps = sorted([*masked, *(patch.layer for patch in intervention.patches)])
+        steps = sorted({*masked, *(patch.layer for patch in intervention.patches if patch.site is not Site.TOWER)})
         with torch.no_grad(), self.lalm.traced.trace(**corrupted.inputs):
+            for patch in intervention.in_tower:
+                self._write(patch, source)
             self.lalm.enter(corrupted)
-            for layer in dict.fromkeys(steps):
+            for layer in steps:
+                # What enters the layer comes first, then its attention's mask, then what is inside and leaves it.
+                for patch in intervention.at(layer):
+                    if patch.site is Site.EMBED:
+                        self._write(patch, source)
                 if layer in masked:
                     args, kwargs = layers[layer].self_attn.inputs
                     layers[layer].self_attn.inputs = args, kwargs | {"attention_mask": masked[layer]}
                 for patch in intervention.at(layer):
-                    where = list(patch.positions)
-                    head = columns(self.lalm, patch.head)
-                    states = source[patch.layer, patch.site][0, where, head]
-                    overwrite(layers[layer], patch.site, head, where, states)
+                    if patch.site is not Site.EMBED:
+                        self._write(patch, source)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
+
+    def _write(self, patch: Patch, source: dict[tuple[int, Site], Tensor]) -> None:
+        """Inside a trace: put a patch's states, [1, positions, width] by layer and site, where they belong."""
+        where, head = list(patch.positions), columns(self.lalm, patch.head)
+        states = source[patch.layer, patch.site][0, where, head]
+        overwrite(layer_at(self.lalm, patch.layer, patch.site), patch.site, head, where, states)

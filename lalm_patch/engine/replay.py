@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _SourceRun:
-    """The clean run: states [text positions, width] of each site, layer by layer, and logits [1, vocabulary]."""
+    """The clean run: states [positions from `first` on, width] of each site, layer by layer, logits [1, vocabulary]."""
 
     first: int
     states: dict[Site, list[Tensor]]
@@ -43,8 +43,8 @@ class _SourceRun:
 
 @dataclass(frozen=True)
 class _CorruptedRun:
-    """The corrupted run: what enters each layer and leaves the last one, [text positions, hidden] each, the logits, and
-    every layer's keys and values for all positions."""
+    """The corrupted run: what enters each layer and leaves the last one, [positions from `first` on, hidden] each, the
+    logits, and every layer's keys and values for all positions."""
 
     first: int
     entering: list[Tensor]
@@ -81,6 +81,7 @@ class ReplayEngine:
         self.pack_tokens = pack_tokens
         self.memory_budget = memory_budget
         self._sites: set[Site] = {Site.RESID}
+        self._first: int | None = None
         self._source: tuple[Encoding, _SourceRun] | None = None
         self._corrupted: tuple[Encoding, _CorruptedRun] | None = None
 
@@ -103,7 +104,12 @@ class ReplayEngine:
             ModelError: a site that the model lacks, or not even a single cell fits into memory.
         """
         self._sites |= {patch.site for cell in grid.cells for patch in cell.patches}
+        if Site.TOWER in self._sites:
+            raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
         check_sites(self.lalm, self._sites)
+        # States are kept from the first text position on, or from the first audio position that is patched.
+        earliest = min((cell.first_position for cell in grid.cells), default=len(corrupted.tokens))
+        self._first = min(earliest, corrupted.tokens.text_positions[0])
         if any(cell.cuts for cell in grid.cells):
             check_cuts(self.lalm)
         source, base = self._source_run(clean), self._corrupted_run(corrupted)
@@ -165,29 +171,35 @@ class ReplayEngine:
     # --- the two base runs -------------------------------------------------------------------------------------
 
     def _source_run(self, clean: Encoding) -> _SourceRun:
-        known = self._source is not None and self._source[0] is clean
+        first = self._first_kept(clean)
+        known = self._source is not None and self._source[0] is clean and self._source[1].first <= first
         if self._source is None or not known or not self._sites <= self._source[1].states.keys():
             self._source = None  # the last clip's states go before this one's come
-            states, logits, _ = self._whole_run(clean, self._sites, keep_keys=False)
-            self._source = clean, _SourceRun(clean.tokens.text_positions[0], states, logits)
+            states, logits, _ = self._whole_run(clean, first, self._sites, keep_keys=False)
+            self._source = clean, _SourceRun(first, states, logits)
         return self._source[1]
 
     def _corrupted_run(self, corrupted: Encoding) -> _CorruptedRun:
         # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
-        if self._corrupted is None or self._corrupted[0] is not corrupted:
+        first = self._first_kept(corrupted)
+        known = self._corrupted is not None and self._corrupted[0] is corrupted and self._corrupted[1].first <= first
+        if self._corrupted is None or not known:
             self._corrupted = None
-            states, logits, prefix = self._whole_run(corrupted, {Site.RESID}, keep_keys=True)
-            first = corrupted.tokens.text_positions[0]
+            states, logits, prefix = self._whole_run(corrupted, first, {Site.RESID}, keep_keys=True)
             run = _CorruptedRun(first, [corrupted.inputs_embeds[0, first:], *states[Site.RESID]], logits, prefix)
             self._corrupted = corrupted, run
         return self._corrupted[1]
 
+    def _first_kept(self, encoding: Encoding) -> int:
+        """Position from which on a run's states are kept: before the first sweep, of the text alone."""
+        text = encoding.tokens.text_positions[0]
+        return text if self._first is None else min(text, self._first)
+
     def _whole_run(
-        self, encoding: Encoding, sites: set[Site], keep_keys: bool
+        self, encoding: Encoding, first: int, sites: set[Site], keep_keys: bool
     ) -> tuple[dict[Site, list[Tensor]], Tensor, list[KeyValue]]:
-        """Text positions' states of some sites in each layer, logits of the last position, and keys and values."""
-        first = encoding.tokens.text_positions[0]
-        wanted = [site for site in Site if site in sites]
+        """States from a position on of some sites in each layer, logits of the last one, and keys and values of all."""
+        wanted = [site for site in Site if site in sites - {Site.EMBED}]
         cache = DynamicCache(config=self.lalm.decoder_module.config) if keep_keys else None
         with (
             torch.no_grad(),
@@ -198,12 +210,17 @@ class ReplayEngine:
                 use_cache=keep_keys,
             ),
         ):
+            if Site.EMBED in sites:
+                entering = self.lalm.layers[0].input[0, first:].clone().save()
             found = nnsight.save(
                 [[states_at(layer, site)[0, first:].clone() for site in wanted] for layer in self.lalm.layers]
             )
             last = self.lalm.norm.output[:, -1].clone().save()
         prefix = [] if cache is None else [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        return {site: [layer[k] for layer in found] for k, site in enumerate(wanted)}, self.lalm.logits(last), prefix
+        states = {site: [layer[k] for layer in found] for k, site in enumerate(wanted)}
+        if Site.EMBED in sites:
+            states[Site.EMBED] = [entering]
+        return states, self.lalm.logits(last), prefix
 
     # --- packs -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,11 @@ def check_sites(lalm: LALM, sites: Iterable[Site]) -> None:
     """Raises ModelError for a site that the model's decoder layers do not have."""
     decoder: Any = lalm.decoder_module
     for site in sites:
+        if site is Site.TOWER and not lalm.tower_layers:
+            raise ModelError(
+                f"site=tower: {type(lalm.module).__name__} has no audio_tower with layers; site=embed patches what the "
+                "audio encoder and the projector give, in every model"
+            )
         for index, layer in enumerate(decoder.layers):
             missing = [path for path in _PATHS[site] if not _has(layer, path)]
             if missing:
@@ -31,10 +36,23 @@ def head_size(lalm: LALM) -> int:
     return int(decoder.layers[0].self_attn.o_proj.in_features // lalm.num_heads)
 
 
+def layer_at(lalm: LALM, layer: int, site: Site) -> Any:
+    """The wrapped layer that a site is in: of the decoder, or of the audio encoder."""
+    return lalm.tower_layers[layer] if site is Site.TOWER else lalm.layers[layer]
+
+
 def states_at(layer: Any, site: Site) -> Any:
-    """States [batch, positions, width] of a site, for a wrapped layer inside a trace. Heads come side by side."""
+    """States [batch, positions, width] of a site, for a wrapped layer inside a trace. Heads come side by side.
+
+    The audio encoder's chunks are one sequence of frames, [1, frames, width].
+    """
     if site is Site.RESID:
         return layer.output
+    if site is Site.EMBED:
+        return layer.input
+    if site is Site.TOWER:
+        output = _first(layer.output)
+        return output.view(1, -1, output.shape[-1])  # no copy: what is written into it is written into the chunks
     if site is Site.MLP:
         return _first(layer.mlp.output)
     if site is Site.ATTN:
@@ -69,6 +87,8 @@ def _first(output: Any) -> Any:
 
 
 _PATHS = {
+    Site.TOWER: (),
+    Site.EMBED: (),
     Site.RESID: (),
     Site.MLP: ("mlp",),
     Site.ATTN: ("self_attn",),

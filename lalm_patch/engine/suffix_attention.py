@@ -218,10 +218,17 @@ def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, slots: Te
 @contextmanager
 def suffix_attention_in(decoder: nn.Module) -> Iterator[None]:
     """Let the decoder's layers use suffix attention while the context is open."""
+    with attention_in(decoder, ATTENTION_NAME):
+        yield
+
+
+@contextmanager
+def attention_in(decoder: nn.Module, name: str) -> Iterator[None]:
+    """Let the decoder's layers use an attention function, by its registered name, while the context is open."""
     configs = {id(config): config for config in _attention_configs(decoder)}.values()
     before = [(config, config._attn_implementation) for config in configs]
     for config in configs:
-        config._attn_implementation = ATTENTION_NAME
+        config._attn_implementation = name
     try:
         yield
     finally:

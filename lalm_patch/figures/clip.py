@@ -1,4 +1,4 @@
-"""One clip: its waveform and spectrogram above what each token of each layer recovers."""
+"""One clip: its waveform and spectrogram above what each token, or each window of the audio, recovers by layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy.signal import ShortTimeFFT
 
-from lalm_patch.analysis import about
+from lalm_patch.analysis import about, run_settings
 from lalm_patch.errors import DataError
-from lalm_patch.figures.run import brackets
+from lalm_patch.figures.run import axis_name, brackets
 from lalm_patch.figures.style import as_csv, canvas, label, save, styled, words
 
 QUIETEST = -70.0
@@ -48,47 +48,67 @@ def plot_clip(
         raise DataError(f"clip {sample!r} was not patched: {clip['exclusion'].item()}")
     rates = clip["recovery_rate"].transpose("layer", ...)
     rows: list[dict[str, object]] = []
+    columns = [str(dim) for dim in rates.dims if dim not in ("layer", "token")]
     for index, layer in enumerate(rates["layer"].values):
-        if "token" not in rates.dims:
+        if "token" in rates.dims:
+            for token in np.flatnonzero(clip["token_role"].values != ""):
+                texts = {key: str(clip[key].values[token]) for key in ("token_text", "token_role")}
+                place: dict[str, object] = {"layer": int(layer), "token": int(token), **texts}
+                rows.append({**place, "recovery_rate": float(rates[index, token])})
+        elif columns:
+            for column in range(rates.sizes[columns[0]]):
+                named = {columns[0]: str(rates[columns[0]].values[column])}
+                rows.append({"layer": int(layer), **named, "recovery_rate": float(rates[index, column])})
+        else:
             rows.append({"layer": int(layer), "recovery_rate": float(rates[index])})
-            continue
-        for token in np.flatnonzero(clip["token_role"].values != ""):
-            texts = {key: str(clip[key].values[token]) for key in ("token_text", "token_role")}
-            place: dict[str, object] = {"layer": int(layer), "token": int(token), **texts}
-            rows.append({**place, "recovery_rate": float(rates[index, token])})
     with styled():
         return save(_draw(clip, sample, waveform, rate, about(dataset).title), folder, name, as_csv(rows))
 
 
 def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title: str) -> Figure:
     rates = clip["recovery_rate"].transpose("layer", ...)
-    token_wise = "token" in rates.dims
-    used = np.flatnonzero(clip["token_role"].values != "") if token_wise else np.arange(0)
-    width = float(np.clip(0.24 * len(used), 4.5, 11.0))
-    height = float(np.clip(0.14 * rates.sizes["layer"], 1.8, 4.5))
+    token_wise, columns = "token" in rates.dims, rates.ndim > 1
+    seconds = len(waveform) / rate
+    used = np.flatnonzero(clip["token_role"].values != "") if token_wise else np.arange(rates.shape[-1])
+    timed = "window_start" in clip.coords and bool(clip["window_start"].notnull().any())
+    width = float(np.clip(0.24 * len(used), 6.0 if timed else 4.5, 11.0))
+    height = float(np.clip(0.14 * rates.sizes["layer"], 0.6 if timed else 1.8, 4.5))
     figure, axes = canvas(width, height)
-    if token_wise:
-        values = rates.values[:, used]
+    edges = _edges(clip, seconds) if timed else np.arange(len(used) + 1.0)
+    if columns:
+        values = rates.values[:, used] if not timed else rates.values[:, _in_time(clip)]
         limit = min(max(1.0, float(np.nanmax(np.abs(values)))), STRONGEST)
-        image = axes.pcolormesh(values, cmap=seaborn.color_palette("vlag", as_cmap=True), norm=Normalize(-limit, limit))
+        colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
+        image = axes.pcolormesh(edges, np.arange(len(values) + 1), values, cmap=colours, norm=Normalize(-limit, limit))
         image.set_rasterized(True)
-        texts = clip["token_text"].values[used]
-        axes.set_xticks(np.arange(len(used)) + 0.5, [label(str(text)) for text in texts], rotation=90, fontsize=7)
         step = max(1, int(np.ceil(0.15 * len(values) / height)))
         layers = np.arange(0, len(values), step)
         axes.set_yticks(layers + 0.5, [str(layer) for layer in rates["layer"].values[layers]], fontsize=8)
-        axes.set(xlabel="token after the audio", ylabel="decoder layer")
+        axes.set(ylabel=axis_name(rates["layer"]))
         side = figure.add_axes((1 + 0.12 / width, 0.0, 0.1 / width, 1.0))
-        figure.colorbar(image, cax=side).set_label("recovery rate")
+        figure.colorbar(image, cax=side).set_label(about(clip).measure)
+        above = 0.15
+    if token_wise:
+        texts = clip["token_text"].values[used]
+        axes.set_xticks(np.arange(len(used)) + 0.5, [label(str(text)) for text in texts], rotation=90, fontsize=7)
+        axes.set(xlabel="token after the audio")
         above = brackets(figure, axes, [str(role) for role in clip["token_role"].values[used]]) / 72
+    elif timed:
+        axes.set(xlabel="s", xlim=(0, edges[-1]))
+        if edges[-1] > seconds:
+            axes.axvline(seconds, color="0.2", lw=0.8)
+            axes.annotate("padding", (seconds, 1), (3, 2), ("data", "axes fraction"), "offset points", fontsize=7)
+    elif columns:
+        column = rates[str(rates.dims[1])]
+        axes.set_xticks(np.arange(len(used)) + 0.5, [str(name) for name in column.values], rotation=90, fontsize=7)
+        axes.set(xlabel=axis_name(column))
     else:
         axes.plot(rates["layer"].values, rates.values, marker="o", ms=3)
-        axes.set(xlabel="decoder layer", ylabel="recovery rate")
+        axes.set(xlabel=axis_name(rates["layer"]), ylabel=about(clip).measure)
         above = 0.15
     bottom = 1 + (above + 0.45) / height
     spectrum = figure.add_axes((0.0, bottom, 1.0, 0.9 / height))
     wave = figure.add_axes((0.0, bottom + 1.0 / height, 1.0, 0.45 / height))
-    seconds = len(waveform) / rate
     transform = ShortTimeFFT.from_window("hann", rate, nperseg=400, noverlap=240)
     padded = np.pad(np.asarray(waveform, float), (0, max(0, 400 - len(waveform))))
     power = transform.spectrogram(padded)
@@ -99,11 +119,27 @@ def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title:
     low, high = transform.extent(len(padded))[:2]
     extent = (low, high, 0.0, rate / 2000)
     spectrum.imshow(decibel, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=QUIETEST, vmax=0)
-    spectrum.set(xlim=(0, seconds), xlabel="s", ylabel="kHz")
+    span = (0, edges[-1]) if timed else (0, seconds)
+    spectrum.set(xlim=span, xlabel="" if timed else "s", ylabel="kHz")
     wave.plot(np.arange(len(waveform)) / rate, waveform, color="0.2", lw=0.4, rasterized=True)
-    wave.set(xlim=(0, seconds), xticks=[], yticks=[])
+    wave.set(xlim=span, xticks=[], yticks=[])
     wave.spines[["top", "right", "left", "bottom"]].set_visible(False)
     clean, corrupted = float(clip["p_clean"]), float(clip["p_corrupted"])
     heading = f"{title}: {sample} ({clip['label'].item()}), p {corrupted:.2f} corrupted, {clean:.2f} on the clip"
     wave.set_title(words(heading), fontsize=9)
     return figure
+
+
+def _in_time(clip: xr.Dataset) -> np.ndarray:
+    """Columns of the clip's own windows, in time, and of the padding after them where there are states of it."""
+    rates = clip["recovery_rate"].transpose("layer", ...).values
+    return np.flatnonzero(~np.isnan(rates).all(axis=0))
+
+
+def _edges(clip: xr.Dataset, seconds: float) -> np.ndarray:
+    """Edges of these columns in seconds; the padding is drawn as wide as a window."""
+    starts = clip["window_start"].values[_in_time(clip)]
+    timed = starts[~np.isnan(starts)]
+    step = float(run_settings(clip)["granularity"]["seconds"])
+    ends = [seconds] if len(timed) == len(starts) else [seconds, seconds + step]
+    return np.array([*timed, *ends])

@@ -65,8 +65,11 @@ def _title(dataset: xr.Dataset) -> str:
 
 def _counts(recovery: xr.Dataset) -> str:
     kept, groups = int(recovery["n"].max()), int(recovery["groups"].max())
+    fewest = int(recovery["n"].where(recovery["n"] > 0).min())
     clustered = f" from {groups} groups" if groups < kept else ""
-    return f"n = {kept} of {recovery.attrs['n_samples']} samples{clustered}"
+    return (
+        f"n = {kept if fewest == kept else f'{fewest} to {kept}'} of {recovery.attrs['n_samples']} samples{clustered}"
+    )
 
 
 def _draw_nothing(dataset: xr.Dataset) -> Figure:
@@ -103,7 +106,7 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
         orange = seaborn.color_palette("colorblind")[1]
         text = f"clips still right (scores saved: {float(table['saved'].max()):.0%} in all layers)"
         axes.plot(layers, table["accuracy"], color=orange, lw=1.4, marker="s", ms=3.5, zorder=3, label=text)
-    axes.set(xlabel="decoder layer", ylabel=about(dataset).measure, ylim=(bottom, top))
+    axes.set(xlabel=axis_name(recovery["layer"]), ylabel=about(dataset).measure, ylim=(bottom, top))
     axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.set_title(f"{_title(dataset)}\n{_counts(recovery)}")
@@ -121,7 +124,7 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     width = float(np.clip(0.3 * n_tokens, 3.0, max(7.0, 0.155 * n_tokens)))
     height = float(np.clip(0.24 * n_layers, 1.6, max(4.5, 0.08 * n_layers)))
     figure, axes = canvas(width, height)
-    _heatmap(figure, axes, recovery["layer"].values, means, f"mean {about(dataset).measure}")
+    _heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
     axes.set_xticks(
         np.arange(n_tokens) + 0.5,
         [label(str(text)) for text in recovery["token_text"].values],
@@ -144,25 +147,30 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     names = [str(name) for name in recovery[column].values]
     n_layers, n_columns = means.shape
     figure, axes = canvas(float(np.clip(0.3 * n_columns, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
-    _heatmap(figure, axes, recovery["layer"].values, means, f"mean {about(dataset).measure}")
+    _heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
     numbers = all(name.isdigit() for name in names)
     every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
     axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
-    axes.set_xlabel(str(dataset[column].attrs.get("long_name", column)).partition(",")[0])
+    axes.set_xlabel(axis_name(dataset[column]))
     axes.set_title(f"{_title(dataset)}: {_counts(recovery)}")
     return figure
 
 
-def _heatmap(figure: Figure, axes: Axes, layers: np.ndarray, means: np.ndarray, name: str) -> None:
+def axis_name(labels: xr.DataArray) -> str:
+    """What a dimension is called, without where it is counted from."""
+    return str(labels.attrs.get("long_name", labels.name)).partition(",")[0]
+
+
+def _heatmap(figure: Figure, axes: Axes, layers: xr.DataArray, means: np.ndarray, name: str) -> None:
     """Means [layer, column] in colours symmetric about 0, with their scale beside them and the layers' numbers."""
     width, height = figure.get_size_inches()
     limit = min(max(1.0, float(np.nanmax(np.abs(means)))), STRONGEST)
     colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
     image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
     rows = np.arange(0, len(layers), max(1, int(np.ceil(0.15 * len(layers) / height))))
-    axes.set_yticks(rows + 0.5, [str(layer) for layer in layers[rows]], fontsize=8)
+    axes.set_yticks(rows + 0.5, [str(layer) for layer in layers.values[rows]], fontsize=8)
     axes.tick_params(length=2, pad=2)
-    axes.set_ylabel("decoder layer")
+    axes.set_ylabel(axis_name(layers))
     over = [float(np.nanmin(means)) < -limit, float(np.nanmax(means)) > limit]
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     side = figure.add_axes((1 + 0.15 / width, 0.0, 0.12 / width, 1.0))

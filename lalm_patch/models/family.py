@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Pr
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import Checkpoint
-from lalm_patch.stimuli import Prompt
+from lalm_patch.models.tokens import Clock
+from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 
 
 class Family(ABC):
@@ -31,6 +32,13 @@ class Family(ABC):
     the user's turn, `flat` uses no template at all (base models)."""
     reads_transcript: ClassVar[bool] = False
     """Whether the model is given a transcript beside the audio (`Prompt.transcript`)."""
+
+    positions_per_second: ClassVar[float | None] = None
+    """Audio positions per second of sound; None where they are in no order of time, or it is not known."""
+    audio_tags: ClassVar[int] = 0
+    """Audio positions before the first and after the last that have a time."""
+    frames_per_second: ClassVar[float | None] = None
+    """Frames of the audio encoder's layers per second of sound; None where it is not known."""
 
     hosted_task: ClassVar[str | None] = None
     """Pipeline task under which a server with transformers alone has the model, and which is part of its name there;
@@ -90,6 +98,11 @@ class Family(ABC):
         """Length of the longest clip the encoder takes in, in seconds."""
         extractor = self.processor.feature_extractor
         return float(extractor.n_samples / extractor.sampling_rate)
+
+    def clock(self, samples: int) -> Clock:
+        """When the audio positions of a clip of so many samples at 16 kHz are."""
+        seconds = samples / SAMPLING_RATE
+        return Clock(seconds, self.positions_per_second, self.audio_tags, self.frames_per_second)
 
     @abstractmethod
     def inputs(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> dict[str, torch.Tensor]:

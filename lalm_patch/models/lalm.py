@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nnsight
@@ -52,6 +52,7 @@ class LALM:
         decoder: nnsight's wrapper of the decoder; takes `inputs_embeds`.
         layers: nnsight's wrappers of the decoder layers; `.output` is [batch, positions, hidden].
         norm: nnsight's wrapper of the norm after the last layer.
+        tower_layers: nnsight's wrappers of the audio encoder's layers; empty where they are not found.
     """
 
     def __init__(self, module: PreTrainedModel, family: Family, *, id: str = "", commit: str = "") -> None:
@@ -75,6 +76,9 @@ class LALM:
         self.decoder = self._envoy(decoder)
         self.layers = [self._envoy(layer) for layer in decoder.layers]
         self.norm = self._envoy(decoder.norm)
+        towers = [part for name, part in module.named_modules() if name.rpartition(".")[2] == "audio_tower"]
+        found = getattr(towers[0], "layers", None) if len(towers) == 1 else None
+        self.tower_layers = [self._envoy(layer) for layer in found] if isinstance(found, nn.ModuleList) else []
 
     @classmethod
     def load(cls, settings: ModelSettings) -> LALM:
@@ -146,7 +150,8 @@ class LALM:
             raise ModelError(f"expected one sequence per clip, got {tensors['input_ids'].shape[0]}")
         mask = self.family.audio_mask(tensors, self.module)
         roles = self.family.roles(tensors, prompt, layout)
-        return self._token_table(tensors["input_ids"][0], mask, prompt, roles), tensors
+        table = self._token_table(tensors["input_ids"][0], mask, prompt, roles)
+        return replace(table, clock=self.family.clock(len(waveform))), tensors
 
     def encode(self, waveform: np.ndarray, prompt: Prompt, layout: str) -> Encoding:
         """Run audio tower and projector once; the decoder does not run.
@@ -185,10 +190,11 @@ class LALM:
         if not encoding.overwritten:
             return
         args, kwargs = self.decoder.inputs
+        embeds = encoding.inputs_embeds.clone()  # patches are written into it
         if kwargs.get("inputs_embeds") is None:  # a decoder that takes ids and puts the audio in itself, see `embed`
-            self.layers[0].input = encoding.inputs_embeds
+            self.layers[0].input = embeds
         else:
-            self.decoder.inputs = args, kwargs | {"inputs_embeds": encoding.inputs_embeds}
+            self.decoder.inputs = args, kwargs | {"inputs_embeds": embeds}
 
     def target_ids(self, prompt: Prompt, layout: str, target: str = "leading_space") -> tuple[int, ...]:
         """First token of each option where it follows the response phrase, in the prompt's order of options.
@@ -215,9 +221,9 @@ class LALM:
             )
         return tuple(ids)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] in float32 of normed last-layer states [rows, hidden]."""
-        with torch.no_grad():
+    def logits(self, states: Tensor, gradient: bool = False) -> Tensor:
+        """Logits [rows, vocabulary] in float32 of normed last-layer states [rows, hidden]; differentiable if asked to."""
+        with torch.set_grad_enabled(gradient):
             logits: Tensor = self._head(states.to(self._head.weight.device))
             softcap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
             if softcap is not None:

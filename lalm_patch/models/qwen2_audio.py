@@ -15,6 +15,8 @@ class Qwen2Audio(Family):
     model_types = ("qwen2_audio",)
     layouts = ("chat", "user", "flat")
     hosted_task = "any-to-any"
+    positions_per_second = 25.0
+    frames_per_second = 50.0
 
     def _text(self, prompt: Prompt, layout: str, continuation: str = "") -> str:
         if layout == "flat":

@@ -22,6 +22,9 @@ class QwenAudio(NativeFamily):
 
     model_types = ("qwen",)
     layouts = ("chat", "user", "flat")
+    positions_per_second = 25.0
+    audio_tags = TAGS // 2
+    frames_per_second = 50.0
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, **weights: Any) -> tuple[PreTrainedModel, Family]:

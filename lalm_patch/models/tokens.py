@@ -25,6 +25,25 @@ from lalm_patch.segments import ROLES, segments_of
 
 
 @dataclass(frozen=True)
+class Clock:
+    """When audio positions and the encoder's frames hear what they are about.
+
+    An encoder attends to the whole clip, so this says where a state is, not all that it knows.
+
+    Attributes:
+        seconds: length of the clip.
+        rate: audio positions per second; None where they are in no order of time.
+        tags: audio positions before the first and after the last that have a time.
+        frame_rate: frames of the encoder's layers per second; None where it is not known.
+    """
+
+    seconds: float
+    rate: float | None = None
+    tags: int = 0
+    frame_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class TokenTable:
     """One row per position of the decoder's input sequence.
 
@@ -32,11 +51,13 @@ class TokenTable:
         ids: token ids, one per position; audio positions hold the placeholder's id.
         texts: what each position says, decoded on its own.
         roles: one of `ROLES` per position.
+        clock: when the audio positions are; None if nobody said.
     """
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
     roles: tuple[str, ...]
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.texts) == len(self.roles):

@@ -27,6 +27,8 @@ class Voxtral(Family):
     model_types = ("voxtral",)
     layouts = ("chat", "user")
     hosted_task = "any-to-any"
+    positions_per_second = 12.5
+    frames_per_second = 50.0
 
     @property
     def max_seconds(self) -> float:

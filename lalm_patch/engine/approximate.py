@@ -1,0 +1,214 @@
+"""Approximations of a grid from a few forward and backward passes: never exact, and never used without being measured.
+
+To first order, a quantity v of the patched run is that of the run it goes into, plus what the gradient says:
+
+    v(cell) = v(target run) + sum over patched states of <dv/dstate in the target run, state of the source run - state>
+
+with v each option's logit and the log-sum-exp over the vocabulary, from which every metric on the options follows. The
+rules differ in which gradient it is:
+
+    attribution            the target run's own (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348)
+    integrated_gradients   the mean of those on the straight line between the two runs' inputs of the decoder, by the
+                           midpoint rule (Sundararajan et al., arXiv 1703.01365; Hanna et al., arXiv 2403.17806)
+    relevance              a gradient that treats norms' scales, attention weights and the slopes of activation functions
+                           as constants and halves products of two states (Achtibat et al., arXiv 2402.05602; Jafari et
+                           al., arXiv 2508.21258)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import nnsight
+import numpy as np
+import torch
+from torch import Tensor
+
+from lalm_patch.engine.constant_attention import constant_attention_in
+from lalm_patch.engine.direct import DirectEngine, Progress, ignore_progress
+from lalm_patch.engine.readout import Readout
+from lalm_patch.engine.replay import ReplayEngine
+from lalm_patch.engine.sites import check_sites, head_size
+from lalm_patch.errors import ModelError
+from lalm_patch.grids import Grid
+from lalm_patch.interventions import Patch, Site
+from lalm_patch.models import LALM, Encoding
+
+Place = tuple[int, Site]
+"""Layer and site."""
+
+_WITHIN_LAYER = ("input_layernorm", "post_attention_layernorm", "mlp.act_fn", "mlp.down_proj")
+
+
+class ApproximateEngine:
+    """Approximates a whole grid at once.
+
+    Args:
+        lalm: the model.
+        exact: the engine that computes the base runs, and cells to compare with.
+        rule: attribution, integrated_gradients or relevance.
+        steps: points on the line of integrated_gradients.
+
+    Raises:
+        ModelError: `relevance` with a decoder whose parts it does not know.
+    """
+
+    def __init__(self, lalm: LALM, exact: DirectEngine | ReplayEngine, rule: str, steps: int) -> None:
+        self.lalm = lalm
+        self.exact = exact
+        self.name = rule
+        self.steps = steps if rule == "integrated_gradients" else 1
+        if rule == "relevance":
+            check_relevance(lalm)
+
+    def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
+        """The clean and the corrupted run, exactly: rows 0 and 1."""
+        return self.exact.base(clean, corrupted, option_ids)
+
+    def sweep(
+        self,
+        clean: Encoding,
+        corrupted: Encoding,
+        grid: Grid,
+        option_ids: Sequence[int],
+        progress: Progress = ignore_progress,
+    ) -> Readout:
+        """One row per cell of the grid, in the grid's order; the most probable token is not known (-1).
+
+        Raises:
+            ModelError: a cell that cuts attention or patches the audio encoder, or a site that the model lacks.
+        """
+        patches = [patch for cell in grid.cells for patch in cell.patches]
+        if any(cell.cuts for cell in grid.cells) or any(patch.site is Site.TOWER for patch in patches):
+            raise ModelError(f"{self.name} approximates patches in the decoder only: expected no cuts, no site tower")
+        check_sites(self.lalm, {patch.site for patch in patches})
+        places = sorted({(patch.layer, patch.site) for patch in patches}, key=_moment)
+        target = self.exact.base(clean, corrupted, option_ids).rows(slice(1, 2))
+        effects = self._effects(clean, corrupted, places, option_ids)
+        changes = np.stack([self._change(cell.patches, effects) for cell in grid.cells])
+        progress(len(grid.cells))
+        return Readout(
+            target.option_logits + changes[:, :-1],
+            target.logsumexp + changes[:, -1],
+            np.full(len(grid.cells), -1, np.int64),
+        )
+
+    def _change(self, patches: Iterable[Patch], effects: dict[Place, np.ndarray]) -> np.ndarray:
+        """What a cell's patches change of the options' logits and the log-sum-exp: float32 [options + 1]."""
+        total = 0.0
+        for patch in patches:
+            effect = effects[patch.layer, patch.site]
+            columns = slice(None) if patch.head is None else slice(patch.head, patch.head + 1)
+            total = total + effect[:, list(patch.positions), columns].sum(axis=(1, 2))
+        return np.asarray(total, np.float32)
+
+    def _effects(
+        self, source: Encoding, target: Encoding, places: Sequence[Place], option_ids: Sequence[int]
+    ) -> dict[Place, np.ndarray]:
+        """First-order effect of every position at every place, [options + 1, positions, heads or 1]."""
+        begin, end = target.inputs_embeds, source.inputs_embeds
+        with torch.no_grad():
+            there = self._run(source, end, places)[0]
+            here = self._run(target, begin, places)[0]
+        moved = [one - other for one, other in zip(there, here, strict=True)]
+        gradients: dict[int, list[Tensor]] = defaultdict(list)
+        for step in range(self.steps):
+            # The middle of each piece of the line; for the other rules the line has no length.
+            share = (step + 0.5) / self.steps if self.name == "integrated_gradients" else 0.0
+            embeds = (begin + share * (end - begin)).detach().requires_grad_(True)
+            with torch.enable_grad():
+                states, last = self._run(target, embeds, places, relevance=self.name == "relevance")
+                logits = self.lalm.logits(last, gradient=True)[0]
+                values = [*(logits[id] for id in option_ids), logits.logsumexp(-1)]
+            for index, value in enumerate(values):
+                found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
+                # Nothing leads from positions of the last layer before the last one to the logits.
+                each = [torch.zeros_like(m) if g is None else g for g, m in zip(found, moved, strict=True)]
+                known = gradients[index]
+                gradients[index] = [a + b for a, b in zip(known, each, strict=True)] if known else each
+        effects: dict[Place, np.ndarray] = {}
+        for index, place in enumerate(places):
+            width = head_size(self.lalm) if place[1] is Site.HEAD else moved[index].shape[-1]
+            products = torch.stack([g[index] * moved[index] for g in gradients.values()])[:, 0].double() / self.steps
+            effects[place] = products.unflatten(-1, (-1, width)).sum(-1).cpu().numpy()
+        return effects
+
+    def _run(
+        self, encoding: Encoding, embeds: Tensor, places: Sequence[Place], relevance: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """States [1, positions, width] at places, in their order, and the last position after the final norm, [1, hidden].
+
+        Differentiable where gradients are on.
+        """
+        wanted: dict[int, list[Site]] = defaultdict(list)
+        for layer, site in places:
+            wanted[layer].append(site)
+        trace: Any = self.lalm.decoder.trace(
+            inputs_embeds=embeds, position_ids=encoding.position_ids, use_cache=False
+        )
+        with constant_attention_in(self.lalm.decoder_module, relevance), trace:
+            found = nnsight.save([])
+            for index, layer in enumerate(self.lalm.layers):
+                found.extend(_through(layer, wanted.get(index, ()), relevance))
+            if relevance:
+                self.lalm.norm.output = _as_product(self.lalm.norm.input, self.lalm.norm.output)
+            last = self.lalm.norm.output[:, -1].save()
+        return list(found), last
+
+
+def _through(layer: Any, sites: Sequence[Site], relevance: bool) -> list[Tensor]:
+    """Inside a trace: states of a layer's sites in the order of a forward pass; `relevance` makes its parts linear."""
+    found: list[Tensor] = []
+    if Site.EMBED in sites:
+        found.append(layer.input)
+    if relevance:
+        layer.input_layernorm.output = _as_product(layer.input_layernorm.input, layer.input_layernorm.output)
+    if Site.HEAD in sites:
+        found.append(layer.self_attn.o_proj.input)
+    if Site.ATTN in sites:
+        output = layer.self_attn.output
+        found.append(output[0] if isinstance(output, tuple) else output)
+    if relevance:
+        norm, activation = layer.post_attention_layernorm, layer.mlp.act_fn
+        norm.output = _as_product(norm.input, norm.output)
+        activation.output = _as_product(activation.input, activation.output)
+        # A product of gate and value gets half of the relevance on either way.
+        product = layer.mlp.down_proj.input
+        layer.mlp.down_proj.input = product / 2 + (product / 2).detach()
+    if Site.MLP in sites:
+        output = layer.mlp.output
+        found.append(output[0] if isinstance(output, tuple) else output)
+    if Site.RESID in sites:
+        found.append(layer.output)
+    return found
+
+
+def _as_product(given: Tensor, result: Tensor) -> Tensor:
+    """The same values as the input times constants: what a norm or an activation function does, with frozen factors."""
+    factor = torch.where(given == 0, torch.zeros_like(given), result / given).detach()
+    product = given * factor
+    # Where the quotient rounds, or the input is 0, the values stay those of the forward pass.
+    return product + (result - product).detach()
+
+
+def check_relevance(lalm: LALM) -> None:
+    """Raises ModelError for a decoder whose layers lack the parts that the rule changes."""
+    decoder: Any = lalm.decoder_module
+    for index, layer in enumerate(decoder.layers):
+        for path in _WITHIN_LAYER:
+            part = layer
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            if part is None:
+                raise ModelError(
+                    f"engine=relevance: layer {index} of {type(decoder).__name__} has no {path}; engine=attribution and "
+                    "engine=integrated_gradients need the layers' states only"
+                )
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise ModelError(f"engine=relevance: {type(decoder).__name__} has no attention interface; use engine=attribution")
+
+
+def _moment(place: Place) -> tuple[int, int]:
+    return place[0], list(Site).index(place[1])
