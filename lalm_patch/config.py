@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lalm_patch.errors import ConfigError
 from lalm_patch.provenance import flat_settings
 from lalm_patch.segments import KNOCKOUTS, check_edges
-from lalm_patch.settings import CHOICES, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
+from lalm_patch.settings import APPROXIMATE, CHOICES, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
 from lalm_patch.shards import Shard
 from lalm_patch.spans import Spans, check_spans
 
@@ -90,6 +90,7 @@ def check_combinations(settings: RunSettings) -> None:
             "choose another metric, or backend=local"
         )
     _check_audio(settings)
+    _check_approximation(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
         raise ConfigError(
             f"site=head with granularity={settings.granularity.name}: heads times tokens times layers are more cells "
@@ -100,6 +101,29 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(
             f"backend=ndif exchanges the residual stream after single layers, denoising; got site={site.name}, "
             f"site.window={site.window}, direction={direction}: use backend=local for these"
+        )
+
+
+def _check_approximation(settings: RunSettings) -> None:
+    """What a first-order approximation of single patches cannot be asked."""
+    engine, site = settings.engine, settings.site
+    if engine.licence_cells < 1 or engine.steps < 1:
+        raise ConfigError(
+            f"engine.licence_cells={engine.licence_cells}, engine.steps={engine.steps}: expected numbers from 1"
+        )
+    if engine.name not in APPROXIMATE:
+        return
+    asked = {
+        f"granularity={settings.granularity.name}": settings.granularity.name in KNOCKOUTS,
+        f"site.window={site.window}": site.window != 1,
+        "site=tower": site.name == "tower",
+        "backend=ndif": settings.backend.name == "ndif",
+        f"metric={settings.metric.name}": settings.metric.name in WHOLE_VOCABULARY,
+    }
+    if refused := [setting for setting, is_asked in asked.items() if is_asked]:
+        raise ConfigError(
+            f"engine={engine.name} approximates what single patches in the decoder do to the options' probabilities, "
+            f"not {', '.join(refused)}: use engine=auto for that"
         )
 
 

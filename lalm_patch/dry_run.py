@@ -18,6 +18,7 @@ from torch import nn
 
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine import ReplayEngine
+from lalm_patch.engine.approximate import check_relevance
 from lalm_patch.engine.choose import replay_obstacle
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import bytes_per_token
@@ -29,7 +30,7 @@ from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
 from lalm_patch.segments import check_present
-from lalm_patch.settings import RunSettings
+from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.transcripts import Transcripts
 
@@ -42,6 +43,7 @@ class Cost:
 
     Attributes:
         passes: forward passes, the clean and the corrupted run among them.
+        backward: backward passes, of an approximation.
         positions: positions that go through decoder layers, summed over layers and passes.
         seconds: at the speed of matrix products on this device.
         weights: bytes of the model's parameters.
@@ -53,6 +55,7 @@ class Cost:
     seconds: float
     weights: int
     working: int
+    backward: int = 0
 
 
 def describe_run(settings: RunSettings, attribute: Attribute, records: list[Record] | DataError) -> str:
@@ -85,7 +88,13 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     replay = settings.engine.name != "direct" and obstacle is None and not there and not tower
     cost = estimate(lalm, grid, tokens, settings, replay)
     clips = f"{len(records)} clips" if isinstance(records, list) else f"clips unknown here ({records})"
+    approximate = settings.engine.name in APPROXIMATE
     engine = "replay" if replay else "direct" + (f" ({obstacle})" if obstacle else "")
+    if approximate:
+        if settings.engine.name == "relevance":
+            check_relevance(lalm)
+        licence = f"{settings.engine.licence_cells} exact cells by {engine}"
+        engine = f"{settings.engine.name}, approximate: {cost.backward} backward passes per clip and {licence}"
     if there:
         rows = max(1, settings.engine.pack_tokens // len(tokens))
         engine = f"ndif, on a server: one request per clip, its cells in passes of {rows} rows; otherwise as direct"
@@ -129,23 +138,31 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     embedding = _parameters(lalm.module.get_input_embeddings())
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
+    cells, backward = grid.cells, 0
+    if settings.engine.name in APPROXIMATE:
+        cells = cells[:: max(1, len(cells) // settings.engine.licence_cells)][: settings.engine.licence_cells]
+        points = settings.engine.steps if settings.engine.name == "integrated_gradients" else 1
+        backward = points * (len(settings.attr.options) + 1)
     if replay:
-        first = min([first, *(cell.first_position for cell in grid.cells)])
-        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in grid.cells]
+        first = min([first, *(cell.first_position for cell in cells)])
+        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in cells]
         positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
-        passes = 2 + ReplayEngine.count_passes(grid.cells, length, settings.engine.pack_tokens)
+        passes = 2 + ReplayEngine.count_passes(cells, length, settings.engine.pack_tokens)
         pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
     else:
-        passes = 3 + len(grid.cells)  # the clean run once more, for its states
+        passes = 3 + len(cells)  # the clean run once more, for its states
         positions = passes * layers * length
         pack = length
+    if backward:  # both runs' states, every point's own pass; a backward pass costs two forward ones
+        passes += 2 + points
+        positions += (2 + points + 2 * backward) * layers * length
     attention = 4 * length * config.hidden_size
     operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     kept = layers * (2 * key_width * length + 2 * config.hidden_size * (length - first))
     working = pack * bytes_per_token(lalm, length) + item * kept
-    return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working)
+    return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward)
 
 
 def _audio_frames(tokens: TokenTable) -> int:

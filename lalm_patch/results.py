@@ -80,7 +80,7 @@ def build_dataset(
     answers = np.array([list(options).index(sample.meta["label"]) for sample in samples], dtype=int)
     rows = np.arange(n_samples)
     p_base = np.exp(base_logits[rows, :, answers] - base_sums)
-    p_patched = np.exp(np.take_along_axis(logits, answers.reshape(-1, *[1] * (len(shape) + 1)), -1)[..., 0] - sums)
+    p_patched = _of_answers(logits, sums, answers)
     gap_shape = (n_samples, *[1] * len(shape))
     clean, corrupted = (p_base[:, column].reshape(gap_shape) for column in (0, 1))
     direction = str(attributes.get("direction", "denoising"))
@@ -120,6 +120,16 @@ def build_dataset(
                 np.array([clean_text(sample.meta.get(f"transcript_{run}") or "") for sample in samples], object),
                 f"transcript given beside the audio, {name}; empty for none",
             )
+    if any("licence_cells" in sample.meta for sample in samples):
+        exact_logits, exact_sums = _exact(samples, dims, coords, logits.shape)
+        exact = _of_answers(exact_logits, exact_sums, answers)
+        beside, note = "computed exactly beside the approximation", f"{missing}; or the cell was not chosen"
+        text = f"probability of the answer, patched run, {beside}"
+        variables["p_exact"] = _variable(cell_dims, exact, text, "1", missing=note)
+        text = f"logit, patched run, {beside}"
+        variables["option_logit_exact"] = _variable((*cell_dims, "option"), exact_logits, text, "nat", missing=note)
+        text = f"logsumexp of the logits, patched run, {beside}"
+        variables["logsumexp_exact"] = _variable(cell_dims, exact_sums, text, "nat", missing=note)
     if any("partner" in sample.meta for sample in samples):
         partners = np.array([clean_text(sample.meta.get("partner") or "") for sample in samples], object)
         variables["partner"] = _variable("sample", partners, "clip that the corrupted run hears; empty if not run")
@@ -136,6 +146,32 @@ def build_dataset(
         "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
     }
     return dataset
+
+
+def _of_answers(logits: np.ndarray, sums: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Probability of each sample's answer, from logits [sample, ..., option] and their logsumexp [sample, ...]."""
+    chosen = answers.reshape(-1, *[1] * (logits.ndim - 1))
+    return np.asarray(np.exp(np.take_along_axis(logits, chosen, -1)[..., 0] - sums))
+
+
+def _exact(
+    samples: Sequence[SampleRecord],
+    dims: Sequence[str],
+    coords: Mapping[str, Sequence[int] | np.ndarray],
+    shape: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Options' logits and logsumexp of the cells that were computed exactly beside an approximation; NaN elsewhere."""
+    logits = np.full(shape, np.nan, np.float32)
+    sums = np.full(shape[:-1], np.nan, np.float32)
+    for row, sample in enumerate(samples):
+        if "licence_cells" not in sample.meta:
+            continue
+        own = sample.arrays["patched_logsumexp"].shape
+        cells = np.unravel_index(sample.meta["licence_cells"], own)
+        places = [where[index] for where, index in zip(_places(sample, dims, coords, own), cells, strict=True)]
+        logits[(row, *places)] = sample.arrays["exact_option_logits"]
+        sums[(row, *places)] = sample.arrays["exact_logsumexp"]
+    return logits, sums
 
 
 def _windows(samples: Sequence[SampleRecord]) -> np.ndarray:
@@ -190,6 +226,8 @@ def _whole_vocabulary(
                 cells[row][np.ix_(*_places(sample, dims, coords, found.shape))] = found
         for index, run in enumerate(("clean", "corrupted")):
             variables[f"{name}_{run}"] = _variable("sample", base[:, index], f"{long_name}; {run} run", units)
+        if np.isnan(cells).all() and any("patched_logsumexp" in sample.arrays for sample in samples):
+            continue  # an approximation does not tell
         described = f"{long_name}; patched run"
         variables[f"{name}_patched"] = _variable(("sample", *dims), cells, described, units, missing=missing)
     return variables

@@ -7,6 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+APPROXIMATE = ("attribution", "integrated_gradients", "relevance")
+"""Engines whose cells are approximate."""
+
 
 @dataclass
 class ModelSettings:
@@ -177,11 +180,14 @@ class EngineSettings:
     """How cells are computed (`conf/engine/*.yaml`).
 
     Attributes:
-        name: auto (replay where the decoder allows it), replay, or direct.
+        name: auto (replay where the decoder allows it), replay, or direct; or an approximation, which says how well it
+            agrees with exact cells: attribution, integrated_gradients or relevance.
         pack_tokens: most suffix positions that share one forward pass.
         memory_budget: what such a pass may take beside the model, in GiB; null: a share of the free memory.
         spot_checks: cells of a run that the direct engine computes again, two per clip.
         tolerance: largest difference in probability that replay may show; null chooses by dtype.
+        licence_cells: of an approximation, cells of every clip that are computed exactly, too.
+        steps: of integrated_gradients, points on the line between the two runs.
     """
 
     name: str = MISSING
@@ -189,6 +195,8 @@ class EngineSettings:
     memory_budget: float | None = None
     spot_checks: int = 8
     tolerance: float | None = None
+    licence_cells: int = 16
+    steps: int = 8
 
 
 @dataclass
@@ -302,7 +310,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "prompt.order": ("fixed", "shuffled"),
     "prompt.target": ("leading_space", "bare"),
     "prompt.correct": ("options", "vocabulary"),
-    "engine.name": ("auto", "replay", "direct"),
+    "engine.name": ("auto", "replay", "direct", *APPROXIMATE),
     "backend.name": ("local", "ndif"),
     "on_failed_check": ("stop", "warn"),
 }

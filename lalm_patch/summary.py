@@ -17,6 +17,7 @@ from lalm_patch.analysis import (
     exclusion_table,
     is_readable,
     is_right,
+    licence,
     lost_classes,
     mean_recovery,
     over_layers,
@@ -101,6 +102,8 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         lines.append(f"         before the last token: {place}: {_mean(other)}")
     if (window := planted_window(dataset)) is not None:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
+    if (found := licence(dataset)) is not None:
+        lines.append(f"licence  {found}; mean error of the rate {found.error:.2g}")
     return lines
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lalm_patch.checks import Check
 from lalm_patch.corruptions import Corruption
-from lalm_patch.engine import DirectEngine, Engine, Readout, ReplayEngine
+from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
@@ -179,6 +179,11 @@ class Tracer:
             return trace
         swept = self.engine.sweep(source, target, grid, self.option_ids, progress.advance)
         trace.arrays |= readout_arrays("patched", swept, grid.shape)
+        if isinstance(self.engine, ApproximateEngine):  # identities hold for exact cells only
+            trace.meta["checks"] = []
+            trace.meta["licence_cells"], exact = self._licence(record, self.engine, source, target, grid)
+            trace.arrays |= readout_arrays("exact", exact, (len(exact),))
+            return trace
         checks = self._identities(grid, base, swept, answer, clean.tokens)
         if spot_check and isinstance(self.engine, ReplayEngine):
             checks.append(self._spot_check(record, source, target, grid, swept))
@@ -209,10 +214,18 @@ class Tracer:
             return []
         return [Check.at_most("last_layer_identity", worst, self.tolerance)]
 
-    def _spots(self, record: Record, grid: Grid) -> np.ndarray:
+    def _licence(
+        self, record: Record, engine: ApproximateEngine, source: Encoding, target: Encoding, grid: Grid
+    ) -> tuple[list[int], Readout]:
+        """Random cells of a sample, and what the exact engine gives for them."""
+        chosen = np.sort(self._spots(record, grid, self.settings.engine.licence_cells)).tolist()
+        some = Grid(("cell",), {"cell": np.array(chosen)}, tuple(grid.cells[index] for index in chosen))
+        return chosen, engine.exact.sweep(source, target, some, self.option_ids)
+
+    def _spots(self, record: Record, grid: Grid, count: int = SPOT_CHECKED_PER_SAMPLE) -> np.ndarray:
         """Indices of the cells of a sample that are computed twice."""
         seed = [self.settings.seed, *record.id.encode()]
-        count = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
+        count = min(count, len(grid.cells))
         return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
 
     def _spot_check(self, record: Record, source: Encoding, target: Encoding, grid: Grid, swept: Readout) -> Check:

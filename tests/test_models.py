@@ -165,8 +165,8 @@ def test_replay_that_gives_other_numbers_is_not_used(
     pair, ids = make_pair(lalm, prompt, "chat"), lalm.target_ids(prompt, "chat")
     whole_run = ReplayEngine._whole_run
 
-    def disturbed(self: ReplayEngine, encoding: object, sites: set[Site], keep_keys: bool) -> object:
-        states, logits, prefix = whole_run(self, encoding, sites, keep_keys)  # type: ignore[arg-type]
+    def disturbed(self: ReplayEngine, encoding: object, first: int, sites: set[Site], keep_keys: bool) -> object:
+        states, logits, prefix = whole_run(self, encoding, first, sites, keep_keys)  # type: ignore[arg-type]
         return {site: [state * 1.5 for state in found] for site, found in states.items()}, logits, prefix
 
     monkeypatch.setattr(ReplayEngine, "_whole_run", disturbed)

@@ -4,6 +4,7 @@ run_info    which run a dataset is
 metric      other metrics than the probability
 alignment   one token axis for all samples
 resampling  the bootstrap over groups
+licence     how well approximate cells agree with exact ones
 ledger      who counts and why not
 recovery    means with intervals, the peak
 depth       fusion depth and abruptness
@@ -29,6 +30,7 @@ from lalm_patch.analysis.ledger import (
     lost_classes,
     why_none_counts,
 )
+from lalm_patch.analysis.licence import Licence, licence
 from lalm_patch.analysis.metric import METRICS, with_metric
 from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
@@ -56,6 +58,7 @@ __all__ = [
     "Estimate",
     "Finding",
     "Fusion",
+    "Licence",
     "ObjectEffect",
     "Part",
     "Peak",
@@ -70,6 +73,7 @@ __all__ = [
     "is_readable",
     "is_right",
     "kept_samples",
+    "licence",
     "lost_classes",
     "mean_recovery",
     "object_effect",

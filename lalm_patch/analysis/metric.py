@@ -74,8 +74,8 @@ def kl(dataset: xr.Dataset, run: str) -> xr.DataArray:
 def _stored(dataset: xr.Dataset, name: str) -> xr.DataArray:
     if name not in dataset:
         raise DataError(
-            f"the run has no {name}: it was made on a server, or by an older version of this package; repeat it with "
-            "backend=local"
+            f"the run has no {name}: it was made on a server, by an approximation, or by an older version of this "
+            "package; repeat it with backend=local engine=auto"
         )
     return dataset[name].astype(float)
 
@@ -110,7 +110,8 @@ def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
         raise ValueError(f"metric {name!r}: expected one of {', '.join(METRICS)}")
     measure, units = METRICS[name]
     text = (measure.__doc__ or name).split(":")[0].rstrip(".")
-    values = {run: measure(dataset, run) for run in ("clean", "corrupted", "patched")}
+    runs = ("clean", "corrupted", "patched", *(["exact"] if "p_exact" in dataset else []))
+    values = {run: measure(dataset, run) for run in runs}
     gap = values["clean"] - values["corrupted"]
     patched, clean, corrupted, gap = xr.broadcast(values["patched"], values["clean"], values["corrupted"], gap)
     order = dataset["recovery_rate"].dims

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.analysis.alignment import align_tokens, kept_samples
+from lalm_patch.analysis.licence import licence
 from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
 from lalm_patch.analysis.run_info import about
 
@@ -88,7 +89,11 @@ def mean_recovery(
     Returns:
         `mean`, `low`, `high`, `n` (samples) and `groups` (clusters) along the grid's dimensions. Cells that a
         sample lacks (NaN) are left out, with their own n. No sample: the mean is NaN; one group: it has no interval.
+
+    Raises:
+        DataError: approximate cells without a licence, see `lalm_patch.analysis.licence`.
     """
+    licence(dataset)  # no mean of approximate cells without one
     samples = align_tokens(dataset) if "token" in dataset["recovery_rate"].dims else kept_samples(dataset)
     found = mean_over_samples(samples["recovery_rate"], group_names(samples), confidence, seed, n_resamples)
     kept = {"n_samples": dataset.sizes["sample"], "n_kept": samples.sizes["sample"]}

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lalm_patch.analysis.licence import licence
+from lalm_patch.errors import DataError
+
 
 @dataclass(frozen=True)
 class About:
@@ -26,6 +29,7 @@ class About:
         direction: `denoising` or `noising`.
         corruption: what the corrupted run hears: `silence`, or another.
         knockout: which attention was cut, in words; empty where states were exchanged.
+        approximation: of approximate cells, the engine and how well it agrees with exact ones; else empty.
         metric: what the rate is of: `probability` of the answer, or another that `with_metric` put in its place.
     """
 
@@ -40,6 +44,7 @@ class About:
     corruption: str = "silence"
     metric: str = "probability"
     knockout: str = ""
+    approximation: str = ""
 
     @property
     def title(self) -> str:
@@ -56,6 +61,7 @@ class About:
             "" if self.direction == "denoising" or self.knockout else self.direction,
             "" if self.corruption == "silence" else self.corruption,
             "" if self.metric == "probability" else self.metric.replace("_", " "),
+            self.approximation,
         ]
         return ", ".join(filter(None, parts))
 
@@ -91,7 +97,16 @@ def about(dataset: xr.Dataset) -> About:
         str(settings.get("corruption", {}).get("name", "silence")),
         str(dataset.attrs.get("metric", "probability")),
         _knockout(settings.get("granularity", {})),
+        _approximation(dataset),
     )
+
+
+def _approximation(dataset: xr.Dataset) -> str:
+    try:
+        found = licence(dataset)
+    except DataError:
+        return f"{dataset.attrs['engine']} without licence"
+    return "" if found is None else str(found)
 
 
 def _knockout(granularity: Mapping[str, Any]) -> str:

@@ -4,15 +4,15 @@ To first order, a quantity v of the patched run is that of the run it goes into,
 
     v(cell) = v(target run) + sum over patched states of <dv/dstate in the target run, state of the source run - state>
 
-with v each option's logit and the log-sum-exp over the vocabulary, from which every metric on the options follows. The
-rules differ in which gradient it is:
+with v each option's logit and the log-sum-exp of all other tokens. The softmax over these is then taken as it is, so
+that probabilities stay between 0 and 1. The rules differ in which gradient it is:
 
     attribution            the target run's own (attribution patching: Nanda 2023; Syed et al., arXiv 2310.10348)
     integrated_gradients   the mean of those on the straight line between the two runs' inputs of the decoder, by the
                            midpoint rule (Sundararajan et al., arXiv 1703.01365; Hanna et al., arXiv 2403.17806)
-    relevance              a gradient that treats norms' scales, attention weights and the slopes of activation functions
-                           as constants and halves products of two states (Achtibat et al., arXiv 2402.05602; Jafari et
-                           al., arXiv 2508.21258)
+    relevance              a gradient that takes norms' scales, attention weights and activation functions' quotients of
+                           output and input as constants, and halves products of two states (Achtibat et al., arXiv
+                           2402.05602; Jafari et al., arXiv 2508.21258)
 """
 
 from __future__ import annotations
@@ -86,18 +86,20 @@ class ApproximateEngine:
         check_sites(self.lalm, {patch.site for patch in patches})
         places = sorted({(patch.layer, patch.site) for patch in patches}, key=_moment)
         target = self.exact.base(clean, corrupted, option_ids).rows(slice(1, 2))
+        others = _log_difference(target.logsumexp, np.logaddexp.reduce(target.option_logits, axis=1))
         effects = self._effects(clean, corrupted, places, option_ids)
         changes = np.stack([self._change(cell.patches, effects) for cell in grid.cells])
         progress(len(grid.cells))
+        logits = target.option_logits + changes[:, :-1]
         return Readout(
-            target.option_logits + changes[:, :-1],
-            target.logsumexp + changes[:, -1],
+            logits,
+            np.logaddexp(others + changes[:, -1], np.logaddexp.reduce(logits, axis=1)),
             np.full(len(grid.cells), -1, np.int64),
         )
 
     def _change(self, patches: Iterable[Patch], effects: dict[Place, np.ndarray]) -> np.ndarray:
-        """What a cell's patches change of the options' logits and the log-sum-exp: float32 [options + 1]."""
-        total = 0.0
+        """What a cell's patches change of the options' logits and the others' log-sum-exp: float32 [options + 1]."""
+        total: Any = 0.0
         for patch in patches:
             effect = effects[patch.layer, patch.site]
             columns = slice(None) if patch.head is None else slice(patch.head, patch.head + 1)
@@ -121,7 +123,8 @@ class ApproximateEngine:
             with torch.enable_grad():
                 states, last = self._run(target, embeds, places, relevance=self.name == "relevance")
                 logits = self.lalm.logits(last, gradient=True)[0]
-                values = [*(logits[id] for id in option_ids), logits.logsumexp(-1)]
+                others = logits.index_fill(0, torch.tensor(option_ids, device=logits.device), float("-inf"))
+                values = [*(logits[id] for id in option_ids), others.logsumexp(-1)]
             for index, value in enumerate(values):
                 found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
                 # Nothing leads from positions of the last layer before the last one to the logits.
@@ -132,22 +135,21 @@ class ApproximateEngine:
         for index, place in enumerate(places):
             width = head_size(self.lalm) if place[1] is Site.HEAD else moved[index].shape[-1]
             products = torch.stack([g[index] * moved[index] for g in gradients.values()])[:, 0].double() / self.steps
-            effects[place] = products.unflatten(-1, (-1, width)).sum(-1).cpu().numpy()
+            of_heads = products.view(*products.shape[:-1], -1, width)
+            effects[place] = of_heads.sum(-1).cpu().numpy()
         return effects
 
     def _run(
         self, encoding: Encoding, embeds: Tensor, places: Sequence[Place], relevance: bool = False
     ) -> tuple[list[Tensor], Tensor]:
-        """States [1, positions, width] at places, in their order, and the last position after the final norm, [1, hidden].
+        """States [1, positions, width] at places, in their order, and the normed last position, [1, hidden].
 
         Differentiable where gradients are on.
         """
         wanted: dict[int, list[Site]] = defaultdict(list)
         for layer, site in places:
             wanted[layer].append(site)
-        trace: Any = self.lalm.decoder.trace(
-            inputs_embeds=embeds, position_ids=encoding.position_ids, use_cache=False
-        )
+        trace: Any = self.lalm.decoder.trace(inputs_embeds=embeds, position_ids=encoding.position_ids, use_cache=False)
         with constant_attention_in(self.lalm.decoder_module, relevance), trace:
             found = nnsight.save([])
             for index, layer in enumerate(self.lalm.layers):
@@ -203,11 +205,18 @@ def check_relevance(lalm: LALM) -> None:
                 part = getattr(part, name, None)
             if part is None:
                 raise ModelError(
-                    f"engine=relevance: layer {index} of {type(decoder).__name__} has no {path}; engine=attribution and "
-                    "engine=integrated_gradients need the layers' states only"
+                    f"engine=relevance: layer {index} of {type(decoder).__name__} has no {path}; engine=attribution "
+                    "and engine=integrated_gradients need the layers' states only"
                 )
     if not getattr(decoder, "_supports_attention_backend", False):
-        raise ModelError(f"engine=relevance: {type(decoder).__name__} has no attention interface; use engine=attribution")
+        raise ModelError(
+            f"engine=relevance: {type(decoder).__name__} has no attention interface; use engine=attribution"
+        )
+
+
+def _log_difference(large: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """log(exp(large) - exp(small)), for large > small."""
+    return np.asarray(large + np.log1p(-np.exp(np.minimum(small - large, -np.finfo(np.float32).eps))))
 
 
 def _moment(place: Place) -> tuple[int, int]:

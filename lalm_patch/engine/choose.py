@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lalm_patch.checks import Check
+from lalm_patch.engine.approximate import ApproximateEngine
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.direct import DirectEngine
 from lalm_patch.engine.replay import ReplayEngine
@@ -18,7 +20,7 @@ from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
-from lalm_patch.settings import EngineSettings
+from lalm_patch.settings import APPROXIMATE, EngineSettings
 
 if TYPE_CHECKING:
     from lalm_patch.models.proof import Pair
@@ -62,8 +64,8 @@ def choose_engine(
     option_ids: tuple[int, ...],
     tolerance: float,
     place: Place = STANDARD,
-) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
-    """The engine for a model, and what was checked to choose it.
+) -> tuple[DirectEngine | ReplayEngine | ApproximateEngine, list[Check]]:
+    """The engine for a model, and what was checked to choose it: of an approximation, its exact engine.
 
     Raises:
         ModelError: the model lacks the place, replay was asked for and cannot work, or it does not give the direct
@@ -72,10 +74,14 @@ def choose_engine(
     check_sites(lalm, [place.site])
     if place.knockout:
         check_cuts(lalm)
-    engine, checks = _choose(lalm, settings, pair, option_ids, tolerance, place)
+    exact = replace(settings, name="auto") if settings.name in APPROXIMATE else settings
+    engine, checks = _choose(lalm, exact, pair, option_ids, tolerance, place)
     if place.site in (Site.ATTN, Site.MLP, Site.HEAD):
         checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
-    return engine, [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
+    checks = [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
+    if settings.name in APPROXIMATE:
+        return ApproximateEngine(lalm, engine, settings.name, settings.steps), checks
+    return engine, checks
 
 
 def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], tolerance: float, site: Site) -> Check:

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy.signal import ShortTimeFFT
 
-from lalm_patch.analysis import about, run_settings
+from lalm_patch.analysis import about, licence, run_settings
 from lalm_patch.errors import DataError
 from lalm_patch.figures.run import axis_name, brackets
 from lalm_patch.figures.style import as_csv, canvas, label, save, styled, words
@@ -36,13 +36,14 @@ def plot_clip(
         rate: of the waveform, in Hz.
 
     Raises:
-        DataError: no such clip, or one that does not count and so was not patched.
+        DataError: no such clip, one that does not count and so was not patched, or approximate cells without a licence.
         StoreError: a file cannot be written.
     """
     if sample not in dataset["sample"].values:
         raise DataError(
             f"there is no clip {sample!r} in this run; it has {', '.join(dataset['sample'].values[:5])}, ..."
         )
+    licence(dataset)
     clip = dataset.sel(sample=sample)
     if not bool(clip["kept"]):
         raise DataError(f"clip {sample!r} was not patched: {clip['exclusion'].item()}")

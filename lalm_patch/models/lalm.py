@@ -222,7 +222,7 @@ class LALM:
         return tuple(ids)
 
     def logits(self, states: Tensor, gradient: bool = False) -> Tensor:
-        """Logits [rows, vocabulary] in float32 of normed last-layer states [rows, hidden]; differentiable if asked to."""
+        """Logits [rows, vocabulary] in float32 of normed states [rows, hidden]; differentiable if asked to."""
         with torch.set_grad_enabled(gradient):
             logits: Tensor = self._head(states.to(self._head.weight.device))
             softcap = getattr(self.module.config.get_text_config(), "final_logit_softcapping", None)
