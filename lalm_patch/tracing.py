@@ -181,7 +181,9 @@ class Tracer:
         trace.arrays |= readout_arrays("patched", swept, grid.shape)
         if isinstance(self.engine, ApproximateEngine):  # identities hold for exact cells only
             trace.meta["checks"] = []
-            trace.meta["licence_cells"], exact = self._licence(record, self.engine, source, target, grid)
+            chosen = self._spots(record, grid, self.settings.engine.licence_cells)
+            cells, exact = exact_cells(self.engine.exact, source, target, grid, chosen, self.option_ids)
+            trace.meta["licence_cells"] = cells
             trace.arrays |= readout_arrays("exact", exact, (len(exact),))
             return trace
         checks = self._identities(grid, base, swept, answer, clean.tokens)
@@ -214,14 +216,6 @@ class Tracer:
             return []
         return [Check.at_most("last_layer_identity", worst, self.tolerance)]
 
-    def _licence(
-        self, record: Record, engine: ApproximateEngine, source: Encoding, target: Encoding, grid: Grid
-    ) -> tuple[list[int], Readout]:
-        """Random cells of a sample, and what the exact engine gives for them."""
-        chosen = np.sort(self._spots(record, grid, self.settings.engine.licence_cells)).tolist()
-        some = Grid(("cell",), {"cell": np.array(chosen)}, tuple(grid.cells[index] for index in chosen))
-        return chosen, engine.exact.sweep(source, target, some, self.option_ids)
-
     def _spots(self, record: Record, grid: Grid, count: int = SPOT_CHECKED_PER_SAMPLE) -> np.ndarray:
         """Indices of the cells of a sample that are computed twice."""
         seed = [self.settings.seed, *record.id.encode()]
@@ -233,6 +227,20 @@ class Tracer:
         direct = self._oracle.cells(source, target, [grid.cells[i] for i in chosen], self.option_ids)
         difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
         return Check.at_most("replay_equals_direct", difference, self.tolerance)
+
+
+def exact_cells(
+    engine: DirectEngine | ReplayEngine,
+    source: Encoding,
+    target: Encoding,
+    grid: Grid,
+    chosen: np.ndarray,
+    option_ids: Sequence[int],
+) -> tuple[list[int], Readout]:
+    """Some cells of a grid by an exact engine, for the licence of an approximation: their indices, ascending."""
+    indices: list[int] = np.sort(chosen).tolist()
+    some = Grid(("cell",), {"cell": np.array(indices)}, tuple(grid.cells[index] for index in indices))
+    return indices, engine.sweep(source, target, some, option_ids)
 
 
 def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason: Exclusion) -> dict[str, Any]:

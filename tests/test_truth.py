@@ -18,6 +18,7 @@ from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch, Site
 from lalm_patch.metrics import recovery_rate
 from lalm_patch.models import Encoding
+from lalm_patch.settings import APPROXIMATE
 from lalm_patch.truth import (
     KINDS,
     METHODS,
@@ -36,9 +37,10 @@ from lalm_patch.truth import (
     score,
 )
 from lalm_patch.truth.__main__ import main
-from lalm_patch.truth.benchmark import run_benchmark
+from lalm_patch.truth.benchmark import bars, run_benchmark
 from lalm_patch.truth.circuit import AUDIO_POSITIONS, HIDDEN, KEY_VALUE_HEADS, SINK_POSITIONS
 from lalm_patch.truth.decoder import ARCHITECTURES, HEADS, MELS, Clip
+from lalm_patch.truth.methods import chosen_methods
 from lalm_patch.truth.scoring import auroc, draw_run, planted_depth
 
 HEAR = (Register.AUDIO, Register.RELAY)
@@ -332,3 +334,19 @@ def test_the_example_of_the_page_runs_and_finds_what_it_says() -> None:
     planted[2:6, 5] = planted[6:, 11] = 1
     np.testing.assert_allclose(names["must_be"], planted, atol=1e-6)
     np.testing.assert_allclose(names["found"], planted, atol=0.05)
+
+
+@pytest.mark.parametrize("rule", APPROXIMATE)
+def test_approximations_find_planted_positions_and_heads_and_say_how_well_they_agree(rule: str) -> None:
+    """Where silence leaves channels at exactly 0, quotients of output and input are no substitute for a norm's weights."""
+    plans = [plan for plan in make_population(12, 0, 0.02) if plan.kind == "single path"]
+    rows = list(run_benchmark(plans, chosen_methods([f"{rule}_token", f"{rule}_head"]), 4, 4))
+    assert len(rows) == 4
+    for row in rows:
+        assert row.score is not None
+        assert row.score.position == 1
+        assert row.score.agreement > 0.9
+        assert np.isnan(row.spot_check)
+    text = "\n".join(bars(rows))
+    assert f"{rule}_head: planted head first, single path: 2 of 2 (100.0%); an approximation, no bar" in text
+    assert f"{rule}_head: correlation with exact cells: median 1.00" in text

@@ -54,7 +54,7 @@ def licence(dataset: xr.Dataset) -> Licence | None:
         DataError: approximate cells, and fewer than `FEWEST` exact ones beside them.
     """
     engine = str(dataset.attrs.get("engine", ""))
-    if engine not in APPROXIMATE or not bool(dataset["kept"].any()):
+    if (engine not in APPROXIMATE and "p_exact" not in dataset) or not bool(dataset["kept"].any()):
         return None
     if "p_exact" not in dataset:
         raise DataError(_refusal(engine, 0))

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import nnsight
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lalm_patch.engine.constant_attention import constant_attention_in
 from lalm_patch.engine.direct import DirectEngine, Progress, ignore_progress
@@ -149,33 +150,48 @@ class ApproximateEngine:
         wanted: dict[int, list[Site]] = defaultdict(list)
         for layer, site in places:
             wanted[layer].append(site)
+        constants, last_weights = self._constants(relevance, embeds)
         trace: Any = self.lalm.decoder.trace(inputs_embeds=embeds, position_ids=encoding.position_ids, use_cache=False)
         with constant_attention_in(self.lalm.decoder_module, relevance), trace:
             found = nnsight.save([])
             for index, layer in enumerate(self.lalm.layers):
-                found.extend(_through(layer, wanted.get(index, ()), relevance))
+                found.extend(_through(layer, wanted.get(index, ()), constants[index]))
             if relevance:
-                self.lalm.norm.output = _as_product(self.lalm.norm.input, self.lalm.norm.output)
+                self.lalm.norm.output = _scaled(self.lalm.norm.input, self.lalm.norm.output, last_weights)
             last = self.lalm.norm.output[:, -1].save()
         return list(found), last
 
+    def _constants(self, relevance: bool, like: Tensor) -> tuple[Sequence[_Constants | None], Tensor]:
+        """Of every layer, and the final norm's weights; nothing for the other rules."""
+        decoder: Any = self.lalm.decoder_module
+        if not relevance:
+            return [None] * self.lalm.num_layers, like
+        width, tiny = like.shape[-1], torch.tensor(1e-3)
+        made = []
+        for layer in decoder.layers:
+            entering = _weights(layer.input_layernorm, width, like)
+            between = _weights(layer.post_attention_layernorm, width, like)
+            made.append(_Constants(entering, between, float((layer.mlp.act_fn(tiny) - layer.mlp.act_fn(-tiny)) / 2e-3)))
+        return made, _weights(decoder.norm, width, like)
 
-def _through(layer: Any, sites: Sequence[Site], relevance: bool) -> list[Tensor]:
-    """Inside a trace: states of a layer's sites in the order of a forward pass; `relevance` makes its parts linear."""
+
+def _through(layer: Any, sites: Sequence[Site], constants: _Constants | None) -> list[Tensor]:
+    """Inside a trace: states of a layer's sites in the order of a forward pass; constants make its parts linear."""
     found: list[Tensor] = []
     if Site.EMBED in sites:
         found.append(layer.input)
-    if relevance:
-        layer.input_layernorm.output = _as_product(layer.input_layernorm.input, layer.input_layernorm.output)
+    if constants is not None:
+        norm = layer.input_layernorm
+        norm.output = _scaled(norm.input, norm.output, constants.entering)
     if Site.HEAD in sites:
         found.append(layer.self_attn.o_proj.input)
     if Site.ATTN in sites:
         output = layer.self_attn.output
         found.append(output[0] if isinstance(output, tuple) else output)
-    if relevance:
+    if constants is not None:
         norm, activation = layer.post_attention_layernorm, layer.mlp.act_fn
-        norm.output = _as_product(norm.input, norm.output)
-        activation.output = _as_product(activation.input, activation.output)
+        norm.output = _scaled(norm.input, norm.output, constants.between)
+        activation.output = _divided(activation.input, activation.output, constants.slope)
         # A product of gate and value gets half of the relevance on either way.
         product = layer.mlp.down_proj.input
         layer.mlp.down_proj.input = product / 2 + (product / 2).detach()
@@ -187,12 +203,52 @@ def _through(layer: Any, sites: Sequence[Site], relevance: bool) -> list[Tensor]
     return found
 
 
-def _as_product(given: Tensor, result: Tensor) -> Tensor:
-    """The same values as the input times constants: what a norm or an activation function does, with frozen factors."""
-    factor = torch.where(given == 0, torch.zeros_like(given), result / given).detach()
-    product = given * factor
-    # Where the quotient rounds, or the input is 0, the values stay those of the forward pass.
-    return product + (result - product).detach()
+@dataclass(frozen=True)
+class _Constants:
+    """What makes a layer's parts linear.
+
+    Attributes:
+        entering: weights [hidden] of the norm before attention.
+        between: of the norm before the MLP.
+        slope: of the activation function at 0, where output and input have no quotient.
+    """
+
+    entering: Tensor
+    between: Tensor
+    slope: float
+
+
+def _weights(norm: nn.Module, width: int, like: Tensor) -> Tensor:
+    """Weights [width] of a root-mean-square norm, whatever it calls them: what it makes of ones."""
+    with torch.no_grad():
+        weights: Tensor = norm(torch.ones(1, 1, width, dtype=like.dtype, device=_device(norm, like)))[0, 0]
+    return weights
+
+
+def _device(module: nn.Module, like: Tensor) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), like.device)
+
+
+def _scaled(given: Tensor, result: Tensor, weights: Tensor) -> Tensor:
+    """A root-mean-square norm's values as the input times constants: its weights, and each position's scale."""
+    linear = given * weights
+    with torch.no_grad():
+        square = (linear.float() ** 2).sum(-1, keepdim=True)
+        scale = (result.float() * linear.float()).sum(-1, keepdim=True) / square.clamp_min(1e-30)
+    return _with_values(linear * scale.to(linear.dtype), result)
+
+
+def _divided(given: Tensor, result: Tensor, slope: float) -> Tensor:
+    """An activation function's values as the input times constants."""
+    with torch.no_grad():
+        small = given.abs() < 1e-6
+        factor = torch.where(small, torch.full_like(given, slope), result / torch.where(small, 1.0, given))
+    return _with_values(given * factor, result)
+
+
+def _with_values(linear: Tensor, values: Tensor) -> Tensor:
+    """The gradient of one tensor with the values of another: rounding must not change the forward pass."""
+    return linear + (values - linear).detach()
 
 
 def check_relevance(lalm: LALM) -> None:

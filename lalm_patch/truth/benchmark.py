@@ -113,6 +113,7 @@ COLUMNS: dict[str, tuple[Value, Reduce]] = {
     "largest RR": (_of(lambda found: found.largest), np.mean),
     "path 1": (_path(0), np.mean),
     "path 2": (_path(1), np.mean),
+    "agreement": (_of(lambda found: found.agreement), np.mean),
     "engines differ": (lambda row: row.spot_check, np.max),
 }
 """Columns of the table: what is read off a row, and how models are put together. NaN is left out."""
@@ -152,6 +153,11 @@ def _sought(method: str) -> str:
     return "head" if method in METHODS and METHODS[method].site is Site.HEAD else "position"
 
 
+def _exact(method: str) -> bool:
+    """Whether a method promises the direct engine's cells."""
+    return method not in METHODS or METHODS[method].exact
+
+
 def bars(rows: Sequence[Row]) -> list[str]:
     """The claims made for tracing, each with the share that was found."""
     within, position = _of(lambda found: found.within), _of(lambda found: found.position)
@@ -169,8 +175,16 @@ def bars(rows: Sequence[Row]) -> list[str]:
         ):
             known = [number for number in map(value, chosen) if not np.isnan(number)]
             if known:
-                share, met = np.mean(known), "met" if np.mean(known) >= bar else "MISSED"
-                lines.append(f"{method}: {what}: {sum(known):.0f} of {len(known)} ({share:.1%}); {bar:.0%} {met}")
+                share = np.mean(known)
+                met = (
+                    f"{bar:.0%} {'met' if share >= bar else 'MISSED'}" if _exact(method) else "an approximation, no bar"
+                )
+                lines.append(f"{method}: {what}: {sum(known):.0f} of {len(known)} ({share:.1%}); {met}")
+        agreement = [row.score.agreement for row in own if row.score and not np.isnan(row.score.agreement)]
+        if agreement:
+            middle, low = np.median(agreement), np.quantile(agreement, 0.1)
+            text = f"correlation with exact cells: median {middle:.2f}, a tenth of the models below {low:.2f}"
+            lines.append(f"{method}: {text}; {len(agreement)} models")
     if unscored := sum(row.score is None for row in rows):
         lines.append(f"{unscored} of {len(rows)} runs had no clip that counts, and are in no share")
     return lines

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 import xarray as xr
 
-from lalm_patch.engine import DirectEngine, Progress, Readout, ignore_progress
+from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine, ignore_progress
 from lalm_patch.grids import Grid
 from lalm_patch.metrics import Exclusion, exclusion
 from lalm_patch.models import Encoding
 from lalm_patch.results import build_dataset
+from lalm_patch.settings import EngineSettings
 from lalm_patch.store import SampleRecord
-from lalm_patch.tracing import readout_arrays, sample_meta
+from lalm_patch.tracing import exact_cells, readout_arrays, sample_meta
 from lalm_patch.truth.circuit import Circuit, FloatArray, Truth
 from lalm_patch.truth.decoder import MELS, Clip, PlantedLALM
 from lalm_patch.truth.methods import Method
 
+LICENCE_CELLS = EngineSettings().licence_cells
 FRAME_SAMPLES = 160
 """Audio samples a mel frame stands for, as in the real models."""
 
@@ -93,6 +95,14 @@ def measure(
         else:
             progress(len(grid.cells))
         meta = sample_meta(str(answer), f"clip{index}", lalm.frames * FRAME_SAMPLES, clean.tokens, reason)
+        if reason is Exclusion.KEPT and not method.exact:
+            chosen = np.random.default_rng(index).choice(
+                len(grid.cells), min(LICENCE_CELLS, len(grid.cells)), replace=False
+            )
+            meta["licence_cells"], exact = exact_cells(
+                ReplayEngine(lalm), source, target, grid, chosen, lalm.option_ids
+            )
+            arrays |= readout_arrays("exact", exact, (len(exact),))
         records.append(SampleRecord(f"clip{index}", arrays, meta))
     settings = {"model": {"name": name}, "attr": {"name": "class"}, "granularity": {"name": method.name}, "seed": 0}
     settings["site"] = {"name": str(method.site)}
@@ -103,6 +113,7 @@ def measure(
         "model_layers": lalm.num_layers,
         "settings": json.dumps(settings),
         "model_id": lalm.id,
+        "engine": "exact" if method.exact else method.name,
     }
     options = [str(option) for option in range(len(lalm.option_ids))]
     dataset = build_dataset(records, options, grid.dims, grid.coords, attributes)

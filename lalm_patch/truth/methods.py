@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from lalm_patch.engine import Progress, Readout, ReplayEngine
+from lalm_patch.engine import ApproximateEngine, Progress, Readout, ReplayEngine
 from lalm_patch.errors import ConfigError
 from lalm_patch.grids import GRANULARITIES, Grid, Place, at_place
 from lalm_patch.interventions import Intervention, Site
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.segments import TEXT, edge, edge_names
+from lalm_patch.settings import APPROXIMATE, EngineSettings
 from lalm_patch.truth.circuit import HEADS
 
 
@@ -40,6 +41,7 @@ class Method:
         site: where in a layer the grid patches.
         cuts: whether attention is cut in the clean run, instead of states put into the silent one.
         exact: whether the cells are those of the direct engine up to rounding; then some are computed again with it.
+            Of an approximation some are computed exactly, to say how well it agrees.
     """
 
     name: str
@@ -94,8 +96,16 @@ def edge_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "edge", "head"), coords, tuple(cells))
 
 
+def approximation(rule: str) -> Callable[[LALM], Sweeper]:
+    """What makes an approximate engine for a model."""
+    return lambda lalm: ApproximateEngine(lalm, ReplayEngine(lalm), rule, EngineSettings().steps)
+
+
 register(Method("layer", GRANULARITIES["layer"]))
 register(Method("token", GRANULARITIES["token"]))
 register(Method("segment", GRANULARITIES["segment"]))
 register(Method("head", head_grid, site=Site.HEAD))
 register(Method("edge", edge_grid, site=Site.HEAD, cuts=True))
+for _rule in APPROXIMATE:
+    register(Method(f"{_rule}_token", GRANULARITIES["token"], approximation(_rule), exact=False))
+    register(Method(f"{_rule}_head", head_grid, approximation(_rule), Site.HEAD, exact=False))

@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from lalm_patch.analysis import fusion, mean_recovery
+from lalm_patch.analysis import fusion, licence, mean_recovery
 from lalm_patch.analysis.recovery import SAME_PLATEAU
 from lalm_patch.truth.circuit import FloatArray
 
@@ -39,6 +39,7 @@ class Score:
         width: of that interval, in layers.
         largest: largest mean recovery of any cell.
         paths: largest mean recovery at each planted position before the last, descending.
+        agreement: of an approximation, the correlation of its recovery rates with exact ones.
     """
 
     kept: int
@@ -51,6 +52,7 @@ class Score:
     width: float
     largest: float
     paths: tuple[float, ...]
+    agreement: float = np.nan
 
     @property
     def within(self) -> float:
@@ -95,7 +97,13 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
         width=depth.high - depth.low,
         largest=float(mean.max()),
         paths=paths,
+        agreement=_agreement(run),
     )
+
+
+def _agreement(run: xr.Dataset) -> float:
+    found = licence(run)
+    return np.nan if found is None else found.pearson
 
 
 def _score_heads(run: xr.Dataset, mean: FloatArray, expected: FloatArray) -> Score:
@@ -105,7 +113,8 @@ def _score_heads(run: xr.Dataset, mean: FloatArray, expected: FloatArray) -> Sco
     found = (float(planted[layer].any()), float(planted[layer, head])) if planted.any() else (np.nan, np.nan)
     unasked = dict.fromkeys(("depth", "depth_error", "covered", "width"), np.nan)
     ranking = auroc(np.abs(mean), expected)
-    return Score(int(run.kept.sum()), ranking, *found, **unasked, largest=float(mean.max()), paths=())
+    largest, agreement = float(mean.max()), _agreement(run)
+    return Score(int(run.kept.sum()), ranking, *found, **unasked, largest=largest, paths=(), agreement=agreement)
 
 
 def auroc(values: FloatArray, expected: FloatArray) -> float:
