@@ -110,7 +110,7 @@ def test_a_planted_decoder_computes_what_arithmetic_says(circuit: Circuit, archi
     base = engine.base(clean, silence, lalm.option_ids).probabilities
     np.testing.assert_allclose(base[0], circuit.clean_probabilities(audio), atol=1e-4)
     assert base[0].argmax() == clip.label
-    for make, site in itertools.product((layer_grid, token_grid), Site):
+    for make, site in itertools.product((layer_grid, token_grid), (Site.HEAD, Site.ATTN, Site.MLP, Site.RESID)):
         grid = at_place(make(clean.tokens, range(circuit.layers)), Place(site, 1, circuit.layers, HEADS))
         swept = engine.sweep(clean, silence, grid, lalm.option_ids).probabilities
         np.testing.assert_allclose(swept, circuit.probabilities(audio, grid.cells), atol=1e-4)
@@ -338,7 +338,7 @@ def test_the_example_of_the_page_runs_and_finds_what_it_says() -> None:
 
 @pytest.mark.parametrize("rule", APPROXIMATE)
 def test_approximations_find_planted_positions_and_heads_and_say_how_well_they_agree(rule: str) -> None:
-    """Where silence leaves channels at exactly 0, quotients of output and input are no substitute for a norm's weights."""
+    """Silence leaves channels at exactly 0, where a norm has a slope, and output and input have no quotient."""
     plans = [plan for plan in make_population(12, 0, 0.02) if plan.kind == "single path"]
     rows = list(run_benchmark(plans, chosen_methods([f"{rule}_token", f"{rule}_head"]), 4, 4))
     assert len(rows) == 4
