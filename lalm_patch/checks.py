@@ -31,6 +31,7 @@ STATEMENTS = {
     "engine=direct",
     "remote_rows_equal_whole": "random cells computed again on the server, one at a time and from the audio, have "
     "the same probabilities; if not, batching changes this model there: run it here, backend=local",
+    "lens_ends_at_the_answer": "the logit lens after the last layer is the model's own probability of the answer",
     "last_layer_identity": "patching the last layer restores the clean probability at the last position and nothing "
     "elsewhere",
 }

@@ -84,6 +84,11 @@ def check_combinations(settings: RunSettings) -> None:
         raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
     _check_knockout(settings)
     _check_corruption(settings)
+    if settings.backend.name == "ndif" and (settings.observe.lens or settings.observe.attention):
+        raise ConfigError(
+            f"observe={settings.observe.name} looks at states and attention that a server does not send back: use "
+            "backend=local, or observe=nothing"
+        )
     if settings.backend.name == "ndif" and settings.metric.name in WHOLE_VOCABULARY:
         raise ConfigError(
             f"metric={settings.metric.name} needs the whole vocabulary's logits, which a server does not send back: "

@@ -12,6 +12,7 @@ import xarray as xr
 
 from lalm_patch.metrics import Exclusion, share_moved
 from lalm_patch.netcdf import clean_text
+from lalm_patch.observations import observed
 from lalm_patch.segments import has_edge, segments_of
 from lalm_patch.spans import PADDING, start_of
 from lalm_patch.stimuli import SAMPLING_RATE
@@ -135,9 +136,11 @@ def build_dataset(
         variables["partner"] = _variable("sample", partners, "clip that the corrupted run hears; empty if not run")
     variables |= _whole_vocabulary(samples, answers, dims, coords, shape, direction, missing)
     variables |= _token_variables(samples, text_length)
+    seen = observed(samples, text_length)
     dataset = xr.Dataset(
         variables, coords=_coordinates(samples, options, coords, text_length, str(attributes.get("site")))
     )
+    dataset = dataset.assign(seen.data_vars).assign_coords(seen.coords)
     reasons = Counter(sample.meta["exclusion"] for sample in samples)
     dataset.attrs = {
         **attributes,

@@ -157,6 +157,21 @@ class MetricSettings:
 
 
 @dataclass
+class ObserveSettings:
+    """What is looked at in the runs besides, without changing them (`conf/observe/*.yaml`).
+
+    Attributes:
+        name: nothing, lens, grounding or everything.
+        lens: the logit lens at every layer and position, in the clean and the corrupted run.
+        attention: how much attention each segment of the text pays to the audio in the clean run, by layer and head.
+    """
+
+    name: str = MISSING
+    lens: bool = False
+    attention: bool = False
+
+
+@dataclass
 class PromptSettings:
     """Open points of the prompt, stored with every result.
 
@@ -247,6 +262,7 @@ class RunSettings:
     data: DataSettings = field(default_factory=DataSettings)
     corruption: CorruptionSettings = field(default_factory=CorruptionSettings)
     metric: MetricSettings = field(default_factory=MetricSettings)
+    observe: ObserveSettings = field(default_factory=ObserveSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     backend: BackendSettings = field(default_factory=BackendSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)

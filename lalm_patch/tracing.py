@@ -14,6 +14,7 @@ from lalm_patch.checks import Check
 from lalm_patch.corruptions import Corruption
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
+from lalm_patch.engine.observe import audio_attention, check_attention, lens
 from lalm_patch.errors import ModelError
 from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.interventions import Site
@@ -89,6 +90,8 @@ class Tracer:
         self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)
         self._oracle = DirectEngine(lalm)
+        if settings.observe.attention:
+            check_attention(lalm)
         self.corruption = Corruption(lalm, settings.corruption, self.layout, records)
 
     def _open(self, prompt: Prompt) -> TokenTable:
@@ -174,13 +177,14 @@ class Tracer:
         trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
+        seen = self._observe(trace, clean, corrupted, base.probabilities[:, answer], self.option_ids[answer])
+        trace.meta["checks"] = [vars(check) for check in seen]
         if reason is not Exclusion.KEPT:
             progress.drop(len(grid.cells))
             return trace
         swept = self.engine.sweep(source, target, grid, self.option_ids, progress.advance)
         trace.arrays |= readout_arrays("patched", swept, grid.shape)
         if isinstance(self.engine, ApproximateEngine):  # identities hold for exact cells only
-            trace.meta["checks"] = []
             chosen = self._spots(record, grid, self.settings.engine.licence_cells)
             cells, exact = exact_cells(self.engine.exact, source, target, grid, chosen, self.option_ids)
             trace.meta["licence_cells"] = cells
@@ -190,8 +194,25 @@ class Tracer:
         if spot_check and isinstance(self.engine, ReplayEngine):
             checks.append(self._spot_check(record, source, target, grid, swept))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
-        trace.meta["checks"] = [vars(check) for check in checks]
+        trace.meta["checks"] += [vars(check) for check in checks]
         return trace
+
+    def _observe(
+        self, trace: SampleTrace, clean: Encoding, corrupted: Encoding, p_base: np.ndarray, token: int
+    ) -> list[Check]:
+        """Look at the two runs without changing them, as far as the settings ask for it; the answer is a token."""
+        checks = []
+        if self.settings.observe.lens:
+            found = [lens(self.lalm, encoding, token) for encoding in (clean, corrupted)]
+            text = max(probabilities.shape[1] for probabilities, _ in found)
+            padded = [np.pad(p, ((0, 0), (0, text - p.shape[1])), constant_values=np.nan) for p, _ in found]
+            trace.arrays |= {"lens_text": np.stack(padded), "lens_audio": np.stack([audio for _, audio in found])}
+            ends = [float(probabilities[-1, -1]) for probabilities, _ in found]
+            worst = float(np.abs(np.array(ends) - p_base).max())
+            checks.append(Check.at_most("lens_ends_at_the_answer", worst, self.tolerance))
+        if self.settings.observe.attention:
+            trace.arrays["audio_attention"] = audio_attention(self.lalm, clean)
+        return checks
 
     def _meta(
         self, record: Record, samples: int, tokens: TokenTable, prompt: Prompt, reason: Exclusion

@@ -45,14 +45,19 @@ def constant_attention(
     others = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or others:
         raise NotImplementedError(f"constant attention is causal and plain; got a mask, dropout or {others}")
-    share = query.shape[1] // key.shape[1]
-    keys, values = (states.repeat_interleave(share, dim=1) for states in (key, value))
+    values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     with torch.no_grad():
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = (query * scale @ keys.transpose(-1, -2)).float()
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(value.dtype)
+        weights = causal_weights(query, key, scaling).to(value.dtype)
     return (weights @ values).transpose(1, 2), None
+
+
+def causal_weights(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """Attention weights in float32, [batch, heads, positions, positions], of an interface's queries and keys."""
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale @ keys.transpose(-1, -2)).float()
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1)
 
 
 @contextmanager
