@@ -16,7 +16,7 @@ from lalm_patch.analysis import METRICS, mean_recovery, with_metric
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
 from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
-from lalm_patch.figures import plot_clip, plot_run
+from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run
 from lalm_patch.metrics import Exclusion
 from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.netcdf import clean_text
@@ -122,6 +122,10 @@ class _Work:
             dataset = store.load()
         recovery = mean_recovery(dataset, seed=self.settings.seed)
         files = [self.folder / RESULT, *plot_run(dataset, self.folder, recovery), *self._plot_clip(dataset)]
+        if self.settings.observe.lens and bool(dataset["kept"].any()):
+            files += plot_lens(dataset, self.folder, recovery)
+        if self.settings.observe.attention:
+            files += plot_grounding(dataset, self.folder)
         shown = dataset
         for name in self._other_metrics(dataset):
             measured = with_metric(dataset, name)

@@ -12,9 +12,11 @@ from lalm_patch.analysis import (
     KEPT,
     About,
     Cell,
+    Estimate,
     about,
     accuracy,
     exclusion_table,
+    grounding,
     is_readable,
     is_right,
     licence,
@@ -23,6 +25,7 @@ from lalm_patch.analysis import (
     over_layers,
     peak_layer,
     planted_window,
+    seen_at_tokens,
     why_none_counts,
 )
 from lalm_patch.checks import from_json
@@ -45,6 +48,7 @@ def summary(dataset: xr.Dataset, files: Sequence[Path], recovery: xr.Dataset | N
         f"{attributes['dtype']}, engine {attributes['engine']}",
         *_samples(dataset),
         *_findings(dataset, mean_recovery(dataset, seed=about(dataset).seed) if recovery is None else recovery),
+        *_seen(dataset),
         *_checks(dataset),
         "files    " + "\n         ".join(as_typed(path) for path in files),
     ]
@@ -110,6 +114,25 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
 def _measured(info: About) -> str:
     """What is recovered: the answer's probability, or another metric in its place."""
     return "p(right)" if info.metric == "probability" else info.metric.replace("_", " ")
+
+
+def _seen(dataset: xr.Dataset) -> list[str]:
+    """What was looked at besides: the logit lens, and whether attention to the audio tells wrong answers."""
+    lines = []
+    if "lens_p_clean" in dataset and bool(dataset["kept"].any()):
+        line = over_layers(seen_at_tokens(dataset))
+        half = next((f"from layer {cell.layer}" for cell in line if cell.mean > 0.5), "never")
+        lines.append(f"lens     the logit lens sees the answer at the last token: above one half of the gap {half}")
+    if "audio_attention" in dataset and "object" in dataset["listener"].values:
+        found = grounding(dataset)
+        scores = ", ".join(f"{name} {_auroc(value)}" for name, value in found.auroc.items())
+        said = found.reason or f"AUROC for wrong answers (n={found.wrong + found.right}, {found.wrong} wrong): {scores}"
+        lines.append(f"grounded {said}")
+    return lines
+
+
+def _auroc(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def _mean(cell: Cell) -> str:

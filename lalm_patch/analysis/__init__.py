@@ -4,6 +4,8 @@ run_info    which run a dataset is
 metric      other metrics than the probability
 alignment   one token axis for all samples
 resampling  the bootstrap over groups
+lens        what the logit lens sees, in the causal curve's units
+grounding   whether attention to the audio tells wrong answers
 licence     how well approximate cells agree with exact ones
 ledger      who counts and why not
 recovery    means with intervals, the peak
@@ -20,6 +22,7 @@ from lalm_patch.analysis.alignment import align_tokens, kept_samples, segments
 from lalm_patch.analysis.claims import Finding, Part, Verdict, check_claims, relevant
 from lalm_patch.analysis.comparison import Comparison, compare
 from lalm_patch.analysis.depth import Fusion, fusion
+from lalm_patch.analysis.grounding import Grounding, grounding
 from lalm_patch.analysis.ledger import (
     KEPT,
     Accuracy,
@@ -30,6 +33,7 @@ from lalm_patch.analysis.ledger import (
     lost_classes,
     why_none_counts,
 )
+from lalm_patch.analysis.lens import seen_at_tokens, seen_in_audio
 from lalm_patch.analysis.licence import Licence, licence
 from lalm_patch.analysis.metric import METRICS, with_metric
 from lalm_patch.analysis.paper import CLAIMS, Claim
@@ -58,6 +62,7 @@ __all__ = [
     "Estimate",
     "Finding",
     "Fusion",
+    "Grounding",
     "Licence",
     "ObjectEffect",
     "Part",
@@ -70,6 +75,7 @@ __all__ = [
     "compare",
     "exclusion_table",
     "fusion",
+    "grounding",
     "is_readable",
     "is_right",
     "kept_samples",
@@ -84,6 +90,8 @@ __all__ = [
     "ratio_of_means",
     "relevant",
     "run_settings",
+    "seen_at_tokens",
+    "seen_in_audio",
     "segment_profiles",
     "segments",
     "variants",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lalm_patch.figures.clip import plot_clip
+from lalm_patch.figures.observed import plot_grounding, plot_lens
 from lalm_patch.figures.run import draw_run, plot_run
 from lalm_patch.figures.style import printable, rendered, styled
 from lalm_patch.figures.sweep import plot_layers, plot_ledger, plot_segments
@@ -10,8 +11,10 @@ from lalm_patch.figures.sweep import plot_layers, plot_ledger, plot_segments
 __all__ = [
     "draw_run",
     "plot_clip",
+    "plot_grounding",
     "plot_layers",
     "plot_ledger",
+    "plot_lens",
     "plot_run",
     "plot_segments",
     "printable",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -124,7 +125,7 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     width = float(np.clip(0.3 * n_tokens, 3.0, max(7.0, 0.155 * n_tokens)))
     height = float(np.clip(0.24 * n_layers, 1.6, max(4.5, 0.08 * n_layers)))
     figure, axes = canvas(width, height)
-    _heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
+    heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
     axes.set_xticks(
         np.arange(n_tokens) + 0.5,
         [label(str(text)) for text in recovery["token_text"].values],
@@ -147,7 +148,7 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     names = [str(name) for name in recovery[column].values]
     n_layers, n_columns = means.shape
     figure, axes = canvas(float(np.clip(0.3 * n_columns, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
-    _heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
+    heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
     numbers = all(name.isdigit() for name in names)
     every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
     axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
@@ -161,10 +162,16 @@ def axis_name(labels: xr.DataArray) -> str:
     return str(labels.attrs.get("long_name", labels.name)).partition(",")[0]
 
 
-def _heatmap(figure: Figure, axes: Axes, layers: xr.DataArray, means: np.ndarray, name: str) -> None:
-    """Means [layer, column] in colours symmetric about 0, with their scale beside them and the layers' numbers."""
+def heatmap(
+    figure: Figure, axes: Axes, layers: xr.DataArray, means: np.ndarray, name: str, others: Sequence[np.ndarray] = ()
+) -> None:
+    """Means [layer, column] in colours symmetric about 0, with their scale beside them and the layers' numbers.
+
+    The scale reaches as far as these means and `others`, which are drawn beside them with the same colours.
+    """
     width, height = figure.get_size_inches()
-    limit = min(max(1.0, float(np.nanmax(np.abs(means)))), STRONGEST)
+    largest = max(float(np.nanmax(np.abs(values))) for values in (means, *others))
+    limit = min(max(1.0, largest), STRONGEST)
     colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
     image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
     rows = np.arange(0, len(layers), max(1, int(np.ceil(0.15 * len(layers) / height))))
@@ -173,8 +180,9 @@ def _heatmap(figure: Figure, axes: Axes, layers: xr.DataArray, means: np.ndarray
     axes.set_ylabel(axis_name(layers))
     over = [float(np.nanmin(means)) < -limit, float(np.nanmax(means)) > limit]
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    side = figure.add_axes((1 + 0.15 / width, 0.0, 0.12 / width, 1.0))
-    figure.colorbar(image, cax=side, extend=extend[over[0], over[1]]).set_label(name)
+    if name:
+        side = figure.add_axes((axes.get_position().x1 + 0.15 / width, 0.0, 0.12 / width, 1.0))
+        figure.colorbar(image, cax=side, extend=extend[over[0], over[1]]).set_label(name)
 
 
 def brackets(figure: Figure, axes: Axes, roles: list[str]) -> float:

@@ -1,0 +1,159 @@
+"""A grounding score: whether the object tokens' attention to the audio tells, from one forward pass, wrong answers.
+
+The paper reads its token-wise results as the listed options querying the audio. If that is what answers come from, a
+clip the options do not listen to should more often be answered wrongly. The score of a clip is the share of the object
+tokens' attention that falls on the audio, mean over heads, in one layer. Which layer, and whether more or less
+attention speaks for a wrong answer, is chosen on other clips: the groups (speakers, recordings) are dealt to folds, and
+every fold is scored with what the others say. Beside it stands what the same forward pass gives for nothing: the
+largest probability among the options, and their entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from lalm_patch.analysis.ledger import is_readable, is_right
+from lalm_patch.analysis.recovery import group_names
+from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, draws
+from lalm_patch.analysis.run_info import about
+from lalm_patch.errors import DataError
+
+FOLDS = 5
+FEWEST = 3
+"""Wrong, and right, answers without which nothing is said."""
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """How well scores of one forward pass tell wrong answers from right ones.
+
+    Attributes:
+        auroc: by score: `object attention` (held out), `max probability`, `entropy`; 0.5 is chance. NaN: see `reason`.
+        gain: AUROC of `object attention` minus that of `max probability`, on the same draws of groups.
+        wrong, right: answers of each kind.
+        layers: how often each layer was chosen, over the folds.
+        reason: why nothing can be said; else empty.
+    """
+
+    auroc: dict[str, Estimate]
+    gain: Estimate
+    wrong: int
+    right: int
+    layers: dict[int, int]
+    reason: str = ""
+
+
+def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float = CONFIDENCE) -> Grounding:
+    """Score a run that looked at attention.
+
+    Args:
+        dataset: dataset of a run with observe=grounding; all readable clips are used, also those that do not count.
+        listener: segment of the text whose attention is the score.
+        confidence: of the intervals, from percentiles of draws of groups.
+
+    Raises:
+        DataError: a run that did not look, or a segment that its prompt lacks.
+    """
+    if "audio_attention" not in dataset:
+        raise DataError("this run did not look at attention: expected a run with observe=grounding")
+    if listener not in dataset["listener"].values:
+        raise DataError(f"no segment {listener!r} listens in this run; it has {', '.join(dataset['listener'].values)}")
+    readable = np.flatnonzero(is_readable(dataset))
+    clips = dataset.isel(sample=readable)
+    wrong = ~is_right(dataset, "clean")[readable]
+    groups = group_names(clips)
+    mass = clips["audio_attention"].sel(listener=listener).mean("attention_head")
+    mass = mass.transpose("sample", "observed_layer")
+    names = ("object attention" if listener == "object" else f"{listener} attention", "max probability", "entropy")
+    if min(wrong.sum(), (~wrong).sum()) < FEWEST or len(set(groups)) < FOLDS:
+        reason = (
+            f"{wrong.sum()} wrong and {(~wrong).sum()} right answers of {len(set(groups))} groups: expected at least "
+            f"{FEWEST} of each, and {FOLDS} groups"
+        )
+        nothing = Estimate(np.nan, np.nan, np.nan, len(wrong), len(set(groups)))
+        return Grounding(dict.fromkeys(names, nothing), nothing, int(wrong.sum()), int((~wrong).sum()), {}, reason)
+    seed = about(dataset).seed
+    held_out, layers = _held_out(mass.values.astype(float), wrong, groups, seed)
+    options = _among_options(clips)
+    entropy = -(options * np.log(np.maximum(options, 1e-30))).sum(axis=1)
+    scores = (held_out, -options.max(axis=1), entropy)  # larger speaks for a wrong answer
+    values, drawn = _aurocs(scores, wrong, groups, seed)
+    n, count = len(wrong), len(set(groups))
+    tail = 100 * (1 - confidence) / 2
+
+    def estimate(value: float, found: FloatArray) -> Estimate:
+        known = found[np.isfinite(found)]
+        low, high = np.percentile(known, [tail, 100 - tail]) if known.size else (np.nan, np.nan)
+        return Estimate(float(value), float(low), float(high), n, count)
+
+    auroc = {name: estimate(values[k], drawn[:, k]) for k, name in enumerate(names)}
+    gain = estimate(values[0] - values[1], drawn[:, 0] - drawn[:, 1])
+    chosen = {int(layer): int(times) for layer, times in zip(*np.unique(layers, return_counts=True), strict=True)}
+    return Grounding(auroc, gain, int(wrong.sum()), int((~wrong).sum()), chosen)
+
+
+def _among_options(clips: xr.Dataset) -> FloatArray:
+    """Probabilities among the options alone, clean run: [sample, option]."""
+    logits = clips["option_logit_clean"].transpose("sample", "option").values.astype(float)
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def _held_out(
+    mass: FloatArray, wrong: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
+) -> tuple[FloatArray, list[int]]:
+    """Score of every clip by the layer and the sign that do best on the other folds, and the layers chosen.
+
+    In each fold the score is standardised by the others' mean and spread, so that folds can be ranked together.
+    """
+    names = np.unique(groups)
+    order = np.random.default_rng([seed, 7]).permutation(len(names))
+    fold_of = {str(names[place]): index % FOLDS for index, place in enumerate(order)}
+    folds = np.array([fold_of[str(group)] for group in groups])
+    scores, layers = np.zeros(len(mass)), []
+    for fold in range(FOLDS):
+        inside, others = folds == fold, folds != fold
+        each = np.array([_auroc(mass[others, k], wrong[others]) for k in range(mass.shape[1])])
+        if not np.isfinite(each).all():  # the other folds have answers of one kind only: they say nothing
+            continue
+        layer = int(np.abs(each - 0.5).argmax())
+        sign = 1.0 if each[layer] >= 0.5 else -1.0
+        centre, spread = mass[others, layer].mean(), mass[others, layer].std()
+        scores[inside] = sign * (mass[inside, layer] - centre) / (spread or 1.0)
+        layers.append(layer)
+    return scores, layers
+
+
+def _auroc(scores: FloatArray, wrong: NDArray[np.bool_]) -> float:
+    """Probability that a wrong answer's score is above a right one's, ties one half; NaN without both."""
+    if not wrong.any() or wrong.all():
+        return np.nan
+    return float(_above(scores, wrong).mean())
+
+
+def _above(scores: FloatArray, wrong: NDArray[np.bool_]) -> FloatArray:
+    """Whether each wrong answer's score [wrong, 1] is above each right one's [1, right]: 1, 0, or 0.5 in a tie."""
+    one, other = scores[wrong][:, None], scores[~wrong][None]
+    return np.asarray((one > other) + 0.5 * (one == other), float)
+
+
+def _aurocs(
+    scores: tuple[FloatArray, ...], wrong: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
+) -> tuple[FloatArray, FloatArray]:
+    """AUROC of each score [scores], and over draws of groups [draws, scores]: the same draws for all."""
+    names, members = np.unique(groups, return_inverse=True)
+    times = draws(len(names), seed)[1 + len(names) :, members]  # how often each clip was drawn
+    found, drawn = [], []
+    total = times[:, wrong].sum(axis=1) * times[:, ~wrong].sum(axis=1)
+    for score in scores:
+        above = _above(score, wrong)
+        found.append(float(above.mean()))
+        sums = ((times[:, wrong] @ above) * times[:, ~wrong]).sum(axis=1)
+        drawn.append(np.divide(sums, total, out=np.full(len(total), np.nan), where=total > 0))
+    return np.array(found), np.stack(drawn, axis=1)
