@@ -92,7 +92,7 @@ def check_combinations(settings: RunSettings) -> None:
     if settings.backend.name == "ndif" and settings.metric.name in WHOLE_VOCABULARY:
         raise ConfigError(
             f"metric={settings.metric.name} needs the whole vocabulary's logits, which a server does not send back: "
-            "choose another metric, or backend=local"
+            "use another metric, or backend=local"
         )
     _check_audio(settings)
     _check_approximation(settings)

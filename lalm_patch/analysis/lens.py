@@ -42,4 +42,6 @@ def _as_rates(dataset: xr.Dataset, name: str) -> xr.Dataset:
     shown = share.rename(observed_layer="layer").assign_coords(layer=np.arange(share.sizes["observed_layer"]))
     # What was seen is exact, also where cells are approximate.
     attributes = {key: value for key, value in dataset.attrs.items() if key != "engine"}
-    return dataset[names].assign(recovery_rate=shown).assign_attrs(attributes)
+    lens = dataset[names].assign(recovery_rate=shown)
+    lens.attrs = attributes
+    return lens
