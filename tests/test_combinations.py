@@ -14,6 +14,7 @@ from lalm_patch.analysis import METRICS, about
 from lalm_patch.checks import from_json
 from lalm_patch.config import check_combinations, compose, config_folder, run_name
 from lalm_patch.errors import ConfigError
+from lalm_patch.figures import style
 from lalm_patch.run import run
 from lalm_patch.settings import CHOICES, GranularitySettings, RunSettings
 
@@ -54,7 +55,7 @@ COMPANIONS = {
 def settings_of(combination: Combination) -> RunSettings:
     """Settings of a combination; small, so that it runs in a second or two."""
     parts = {group: sections()[group, name] for group, name in zip(GROUPS, combination, strict=True)}
-    chosen = replace(compose("attr=gender", "data.limit=6", "engine.spot_checks=2"), **parts)
+    chosen = replace(compose("attr=gender", "data.limit=4", "engine.spot_checks=2"), **parts)
     granularity, site, engine = (parts[group].name for group in ("granularity", "site", "engine"))  # type: ignore[attr-defined]
     if granularity == "audio":
         chosen.granularity = replace(chosen.granularity, seconds=0.25)
@@ -92,7 +93,8 @@ def pairs_of(combination: Combination) -> set[tuple[str, str, str, str]]:
 @cache
 def covering() -> list[Combination]:
     """Combinations that run and hold every pair that any does, chosen one after another for their new pairs."""
-    local = [c for c, reason in verdicts().items() if not reason and c[-1] == "local"]
+    # A run with metric=all is one with each of the metrics.
+    local = [c for c, reason in verdicts().items() if not reason and c[-1] == "local" and "all" not in c]
     order = np.random.default_rng(0).permutation(len(local))
     open_pairs = set().union(*(pairs_of(c) for c in local))
     chosen = []
@@ -130,7 +132,12 @@ def test_what_is_refused_is_refused_with_a_reason_and_an_alternative() -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_pair_of_choices_runs(part: int, tmp_path: Path) -> None:
+def test_every_pair_of_choices_runs(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half of the time would go into fonts of PDFs, which other tests look at.
+    whole = style.rendered
+    monkeypatch.setattr(
+        style, "rendered", lambda figure, kind, *more: b"-" if kind == "pdf" else whole(figure, kind, *more)
+    )
     for combination in covering()[part::PARTS]:
         settings = settings_of(combination)
         check_combinations(settings)
@@ -141,7 +148,7 @@ def test_every_pair_of_choices_runs(part: int, tmp_path: Path) -> None:
         assert (about(dataset).site, about(dataset).direction) == (settings.site.name, settings.direction.name)
         assert all(path.stat().st_size for path in outcome.files), combination
         drawn = {path.name for path in outcome.files}
-        wanted = [settings.metric.name] if settings.metric.name not in ("all", "probability") else []
+        wanted = [settings.metric.name] if settings.metric.name != "probability" else []
         assert all(f"figure-{name}.png" in drawn for name in wanted), combination
         kept = dataset.isel(sample=np.flatnonzero(dataset["kept"]))
         assert np.isfinite(kept["recovery_rate"].values).any() or not kept.sizes["sample"], combination

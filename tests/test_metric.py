@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +126,31 @@ def test_a_run_without_them_says_so(runs: dict[str, xr.Dataset]) -> None:
     for name in ("kl", "rank"):
         with pytest.raises(DataError, match=f"the run has no {name}_clean.*backend=local"):
             with_metric(older, name)
+
+
+def test_a_run_draws_the_metrics_it_is_asked_for_and_is_not_run_again(tmp_path: Path) -> None:
+    first = lalm_patch.trace("attr=gender", "data.limit=4", "metric=logit_margin", f"outputs={tmp_path}")
+    folder = first.files[0].parent
+    written = (folder / "result.nc").stat().st_mtime_ns
+    assert {path.name for path in folder.glob("figure*.png")} == {"figure.png", "figure-logit_margin.png"}
+    assert "logit margin clean" in first.summary
+    every = lalm_patch.trace("attr=gender", "data.limit=4", "metric=all", f"outputs={tmp_path}")
+    assert (folder / "result.nc").stat().st_mtime_ns == written
+    expected = {"figure.png", *(f"figure-{name}.png" for name in METRICS if name != "probability")}
+    assert {path.name for path in every.files if path.suffix == ".png"} == expected
+    assert "p(right) clean" in every.summary
+    dataset = every.dataset
+    assert dataset is not None
+    drawn = np.array([float(row.split(",")[1]) for row in (folder / "figure-kl.csv").read_text().splitlines()[1:]])
+    np.testing.assert_allclose(drawn, mean_recovery(with_metric(dataset, "kl"))["mean"], atol=1e-6)
+
+
+def test_a_sweep_over_metrics_of_one_run_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lalm_patch", "-m", "metric=rank,kl", f"outputs={tmp_path}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    text = found.stdout + found.stderr
+    assert "metrics kl, rank are all read from one run" in text
+    assert "metric=all" in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.glob("*/result.nc"))
