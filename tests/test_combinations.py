@@ -61,6 +61,8 @@ def settings_of(combination: Combination) -> RunSettings:
         chosen.granularity = replace(chosen.granularity, seconds=0.25)
     if site != "embed" and (engine == "direct" or site == "tower"):
         chosen.granularity = replace(chosen.granularity, layers=[1])
+    elif granularity == "token":
+        chosen.granularity = replace(chosen.granularity, layers=[1, 5])
     return chosen
 
 
@@ -93,8 +95,8 @@ def pairs_of(combination: Combination) -> set[tuple[str, str, str, str]]:
 @cache
 def covering() -> list[Combination]:
     """Combinations that run and hold every pair that any does, chosen one after another for their new pairs."""
-    # A run with metric=all is one with each of the metrics.
-    local = [c for c, reason in verdicts().items() if not reason and c[-1] == "local" and "all" not in c]
+    # A run with metric=all is one with each of the metrics, and engine=auto is replay where that works.
+    local = [c for c, reason in verdicts().items() if not reason and c[-1] == "local" and not {"all", "auto"} & {*c}]
     order = np.random.default_rng(0).permutation(len(local))
     open_pairs = set().union(*(pairs_of(c) for c in local))
     chosen = []

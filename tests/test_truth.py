@@ -16,7 +16,7 @@ import torch
 from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine
 from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
 from lalm_patch.interventions import Intervention, Patch, Site
-from lalm_patch.metrics import recovery_rate
+from lalm_patch.metrics import recovery_rate, share_moved
 from lalm_patch.models import Encoding
 from lalm_patch.settings import APPROXIMATE
 from lalm_patch.truth import (
@@ -350,3 +350,27 @@ def test_approximations_find_planted_positions_and_heads_and_say_how_well_they_a
     text = "\n".join(bars(rows))
     assert f"{rule}_head: planted head first, single path: 2 of 2 (100.0%); an approximation, no bar" in text
     assert f"{rule}_head: correlation with exact cells: median 1.00" in text
+
+
+@pytest.mark.parametrize("name", ["head", "token"])
+def test_on_a_single_path_what_is_enough_is_what_is_needed(name: str) -> None:
+    """Denoising and noising agree where there is one path; where there are two, either gives some and takes some."""
+    found = {}
+    for kind, circuit in (("one", SINGLE), ("two", TWO_PATHS)):
+        lalm = plant_circuit(circuit, background=0.0, seed=2)
+        clip = draw_clips(1, lalm.frames, seed=7)[0]
+        clean, silence = pair(lalm, clip)
+        grid = METHODS[name].grid(clean.tokens, range(lalm.num_layers))
+        engine = ReplayEngine(lalm)
+        base = engine.base(clean, silence, lalm.option_ids).probabilities[:, clip.label]
+        enough, needed = (
+            share_moved(
+                engine.sweep(source, target, grid, lalm.option_ids).probabilities[:, clip.label], *base, direction
+            ).reshape(grid.shape)
+            for source, target, direction in ((clean, silence, "denoising"), (silence, clean, "noising"))
+        )
+        found[kind] = enough, needed
+        assert (np.abs(enough) > 0.1).sum() >= 2
+    np.testing.assert_allclose(*found["one"], atol=0.02)
+    enough, needed = found["two"]
+    assert np.abs(enough - needed).max() > 0.1

@@ -134,7 +134,8 @@ def variants(runs: Sequence[xr.Dataset]) -> list[str]:
         alike = [other for other, its in enumerate(names) if its == name]
         keys = sorted({key for other in alike for key in flat[other]})
         differing = [key for key in keys if len({flat[other].get(key) for other in alike}) > 1]
-        text = " ".join(f"{key}={flat[index].get(key, 'null')}" for key in differing)
+        own = [key for key in differing if flat[index].get(key, "null") != "null"]  # what is not set need not be said
+        text = " ".join(f"{key}={flat[index].get(key, 'null')}" for key in own or differing)
         twins = [other for other in alike if all(flat[other].get(key) == flat[index].get(key) for key in differing)]
         if len(twins) > 1:
             text = f"{text} #{twins.index(index) + 1}".strip()

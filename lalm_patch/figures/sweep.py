@@ -77,7 +77,7 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
     figure, axes = panels(len(attributes), 3.1, 2.2, gap=0.8 + LEGEND_LINE * _lines(len(shown) + 1))
     key = "depth" if relative else "layer"
     planted = [row for row in rows if not np.isnan(row["planted_first"])]
-    room = PLANTED_HEIGHT * len({_line(row) for row in planted})
+    room = PLANTED_HEIGHT * len({row["model"] for row in planted})
     bottom, top = _ends(rows)
     for attribute, axis in zip(attributes, axes, strict=True):
         for level in (0, 1):
@@ -90,8 +90,7 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
-        one_each = {_line(row): row for row in planted if row["attribute"] == attribute}
-        _draw_planted(axis, list(one_each.values()), shown, relative, bottom)
+        _draw_planted(axis, [row for row in planted if row["attribute"] == attribute], shown, relative, bottom)
         rates = {row["rate"] for row in rows if row["attribute"] == attribute}
         axis.set_ylabel(rates.pop() if len(rates) == 1 else "share of the gap moved")
         _dress(axis, words(attribute), "share of depth" if relative else "decoder layer", whole=not relative)
@@ -104,16 +103,19 @@ def _draw_planted(axis: Any, lines: Rows, shown: dict[str, tuple[Any, str]], rel
 
     Args:
         axis: the panel.
-        lines: a row of each such model.
+        lines: rows of such models; a model's runs share a bar, which has their colour if there is one only.
         shown: looks of the lines.
         relative: whether the panel's axis is the share of depth.
         top: recovery below which there is room.
     """
-    for number, row in enumerate(lines):
+    of_model = {row["model"]: row for row in lines}
+    for number, row in enumerate(of_model.values()):
+        names = {_line(other) for other in lines if other["model"] == row["model"]}
+        colour = shown[_line(row)][0] if len(names) == 1 else "0.4"
         scale = max(row["layers"] - 1, 1) if relative else 1
         ends = ((row["planted_first"] - 0.5) / scale, (row["planted_end"] - 0.5) / scale)
         height = top - PLANTED_HEIGHT * (number + 0.5)
-        axis.plot(ends, [height] * 2, color=shown[_line(row)][0], lw=4, solid_capstyle="butt", alpha=0.6)
+        axis.plot(ends, [height] * 2, color=colour, lw=4, solid_capstyle="butt", alpha=0.6)
     if lines:
         axis.plot([], [], color="0.6", lw=4, label="attention planted here")
 
