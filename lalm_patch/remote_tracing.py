@@ -202,6 +202,7 @@ class RemoteTracer(Tracer):
             )
         reason = exclusion(answer.base, self.option_ids, clip.request.answer, self.settings.prompt.correct)
         meta = self._meta(clip.record, clip.samples, clip.tokens, clip.prompt, reason)
+        meta |= self.corruption.about(clip.record)
         trace = SampleTrace(readout_arrays("base", answer.base, (2,)), meta)
         trace.meta["server"] = answer.versions
         checks = []

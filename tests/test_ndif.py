@@ -141,14 +141,17 @@ def test_remote_equals_local(which: str, strict: bool, server: Server, tiny: tup
     assert json.loads(there.attrs["servers"])[0]["nnsight"] == nnsight.__version__
 
 
-def test_voxtral_goes_too(server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("corruption", ["silence", "counterfactual"])
+def test_voxtral_goes_too(corruption: str, server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     root = write_sakura(tmp_path / "data", GENDER, clips=2)
     identifier = f"model.id={checkpoints['voxtral']}"
     what = ("model=voxtral", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
-    what = (*what, f"outputs={tmp_path / 'outputs'}")
+    what = (*what, f"corruption={corruption}", f"outputs={tmp_path / 'outputs'}")
     server.control(strict=True)
     there, here = result(*what, *remote(server)), result(*what)
     assert_same_numbers(here[PROBABILITIES], there[PROBABILITIES])
+    if corruption == "counterfactual":
+        assert there["partner"].values.tolist() == there["sample"].values[::-1].tolist()
 
 
 def client(checkpoint: Path) -> tuple[TransformersModel, LALM]:
