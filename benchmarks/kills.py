@@ -27,8 +27,8 @@ from lalm_patch.figures import plot_run
 from lalm_patch.models import LALM
 from lalm_patch.run import run
 from lalm_patch.settings import RunSettings
-from lalm_patch.store import open_result
-from lalm_patch.tracing import Tracer
+from lalm_patch.storage.run_store import open_result
+from lalm_patch.tracing.tracer import Tracer
 
 IMPORTED = (LALM, Tracer, plot_run)
 """What a run imports when it needs it, here before the forks."""

@@ -24,8 +24,8 @@ from common import IDS, RandomLALM, RandomQwen2Audio, RandomVoxtral, Table, emit
 from torch import Tensor
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.grids import token_grid
-from lalm_patch.interventions import Patch
+from lalm_patch.interventions.grids import token_grid
+from lalm_patch.interventions.patches import Patch
 from lalm_patch.models import Encoding
 
 Sweep = Callable[[Sequence[Patch]], Tensor]

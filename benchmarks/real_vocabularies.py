@@ -21,8 +21,10 @@ from tokenizers import processors
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from lalm_patch.models import Qwen2Audio, Voxtral, native
+from lalm_patch.models import native
 from lalm_patch.models.native.qwen_tokenizer import read_qwen_tokenizer
+from lalm_patch.models.qwen2_audio import Qwen2Audio
+from lalm_patch.models.voxtral import Voxtral
 from lalm_patch.stimuli import Prompt
 
 PROMPT = Prompt("What is the gender of the speaker in the speech?", ("male", "female"), "The speaker's gender is")

@@ -18,7 +18,7 @@ import torch
 from common import IDS, RandomVoxtral, Table, emit, parser, seconds
 
 from lalm_patch.engine import ReplayEngine
-from lalm_patch.grids import token_grid
+from lalm_patch.interventions.grids import token_grid
 
 
 def main() -> None:

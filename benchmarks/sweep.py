@@ -18,7 +18,7 @@ import torch
 from common import IDS, RandomVoxtral, Table, emit, from_embeddings, parser, seconds
 
 from lalm_patch.engine import DirectEngine, Readout, ReplayEngine
-from lalm_patch.grids import token_grid
+from lalm_patch.interventions.grids import token_grid
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 There is no `__init__.py` beside this file, and must not be: the namespace belongs to all plugins.
 """
 
-from lalm_patch.launchers import JoblibSweep, LocalSweep
-from lalm_patch.slurm import SlurmSweep
+from lalm_patch.sweep.launchers import JoblibSweep, LocalSweep
+from lalm_patch.sweep.slurm import SlurmSweep
 
 
 class LocalLauncher(LocalSweep):

@@ -26,7 +26,7 @@ from lalm_patch.errors import (
 if TYPE_CHECKING:
     from lalm_patch.config import compose
     from lalm_patch.run import RunOutcome, trace
-    from lalm_patch.store import open_result
+    from lalm_patch.storage.run_store import open_result
 
 __all__ = [
     "AudioError",
@@ -46,7 +46,7 @@ _WHERE = {
     "compose": "lalm_patch.config",
     "RunOutcome": "lalm_patch.run",
     "trace": "lalm_patch.run",
-    "open_result": "lalm_patch.store",
+    "open_result": "lalm_patch.storage.run_store",
 }
 
 

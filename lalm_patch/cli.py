@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from lalm_patch.config import config_folder, register, to_settings
 from lalm_patch.errors import LalmPatchError
-from lalm_patch.launchers import sweep
-from lalm_patch.runs import failure_recorded, sweep_summary
-from lalm_patch.shards import run_folder_of
+from lalm_patch.storage.shards import run_folder_of
+from lalm_patch.sweep.launchers import sweep
+from lalm_patch.sweep.runs import failure_recorded, sweep_summary
 from lalm_patch.terminal import command_line
 
 log = logging.getLogger(__name__)

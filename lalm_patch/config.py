@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.provenance import flat_settings
-from lalm_patch.segments import KNOCKOUTS, check_edges
+from lalm_patch.interventions.segments import KNOCKOUTS, check_edges
+from lalm_patch.interventions.spans import Spans, check_spans
 from lalm_patch.settings import APPROXIMATE, CHOICES, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
-from lalm_patch.shards import Shard
-from lalm_patch.spans import Spans, check_spans
+from lalm_patch.storage.provenance import flat_settings
+from lalm_patch.storage.shards import Shard
 
 
 def config_folder() -> Path:

@@ -17,21 +17,20 @@ from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
 from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
 from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run
-from lalm_patch.metrics import Exclusion
 from lalm_patch.models.checkpoint import find_checkpoint
-from lalm_patch.netcdf import clean_text
-from lalm_patch.progress import Progress
-from lalm_patch.provenance import describe, identity
-from lalm_patch.results import build_dataset
+from lalm_patch.results.dataset import build_dataset
 from lalm_patch.settings import WHOLE_VOCABULARY, RunSettings
-from lalm_patch.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
-from lalm_patch.store import RESULT, RunStore, is_finished
+from lalm_patch.storage.netcdf import clean_text
+from lalm_patch.storage.provenance import describe, identity
+from lalm_patch.storage.run_store import RESULT, RunStore, is_finished
+from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.summary import summary
-from lalm_patch.terminal import command_line
+from lalm_patch.terminal import Progress, command_line
+from lalm_patch.tracing.metrics import Exclusion
 
 if TYPE_CHECKING:
-    from lalm_patch.tracing import Tracer
+    from lalm_patch.tracing.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def dry_run(settings: RunSettings) -> str:
     Raises:
         LalmPatchError: a setting, model or prompt that the run would refuse, too.
     """
-    from lalm_patch.dry_run import describe_run
+    from lalm_patch.tracing.dry_run import describe_run
 
     _check_backend(settings)
     attribute = _attribute(settings)
@@ -287,12 +286,12 @@ def _open_model(settings: RunSettings, attribute: Attribute, records: Sequence[R
     import torch
 
     from lalm_patch.models import LALM
-    from lalm_patch.tracing import Tracer
+    from lalm_patch.tracing.tracer import Tracer
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.backend.name == "ndif":
-        from lalm_patch.remote_tracing import RemoteTracer
+        from lalm_patch.tracing.remote import RemoteTracer
 
         log.info("%s stays on the server; %s clips at most are in flight", settings.model.id, settings.backend.max_jobs)
         return RemoteTracer(LALM.outline(settings.model), attribute, settings, records)

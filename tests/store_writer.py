@@ -16,7 +16,7 @@ import pytest
 import xarray as xr
 
 from lalm_patch.errors import StoreError
-from lalm_patch.store import RunStore
+from lalm_patch.storage.run_store import RunStore
 
 IDENTITY = {"config": "c0ffee", "data": "5eed", "lalm_patch": "0.1.0"}
 # The calls by which Python code changes a disk. The store makes no other (HDF5 writes to memory).

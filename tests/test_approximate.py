@@ -20,12 +20,12 @@ from lalm_patch.checks import from_json
 from lalm_patch.engine import ApproximateEngine, ReplayEngine
 from lalm_patch.errors import ConfigError, DataError, ModelError
 from lalm_patch.figures import plot_clip, plot_layers, plot_run
-from lalm_patch.grids import Grid, Place, make_grid
-from lalm_patch.interventions import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid, Place, make_grid
+from lalm_patch.interventions.patches import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.spans import Spans
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.report import make_report
 from lalm_patch.settings import APPROXIMATE
-from lalm_patch.spans import Spans
 from lalm_patch.stimuli import Prompt
 
 SITES = (Site.RESID, Site.ATTN, Site.MLP, Site.HEAD)

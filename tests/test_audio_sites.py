@@ -19,12 +19,12 @@ from lalm_patch.analysis import about, fusion, mean_recovery
 from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.grids import Grid, Place, make_grid
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid, Place, make_grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
+from lalm_patch.interventions.spans import PADDING, Spans, audio_windows, start_of, tower_windows
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.tokens import Clock
 from lalm_patch.report import make_report
-from lalm_patch.spans import PADDING, Spans, audio_windows, start_of, tower_windows
 from lalm_patch.stimuli import Prompt
 
 TOLERANCE = 1e-5

@@ -16,9 +16,9 @@ from lalm_patch.checks import Check, to_json
 from lalm_patch.collect import collect, main
 from lalm_patch.config import compose
 from lalm_patch.errors import DataError, StoreError
-from lalm_patch.provenance import describe, identity
-from lalm_patch.results import build_dataset
-from lalm_patch.store import RunStore, SampleRecord, open_result
+from lalm_patch.results.dataset import build_dataset
+from lalm_patch.storage.provenance import describe, identity
+from lalm_patch.storage.run_store import RunStore, SampleRecord, open_result
 
 SAMPLES, LAYERS, VOCABULARY = 6, {"demo": 4, "voxtral": 5}, 7.0
 

@@ -16,9 +16,9 @@ import lalm_patch
 from lalm_patch.config import compose, config_folder, register, run_name
 from lalm_patch.errors import ConfigError
 from lalm_patch.models import FAMILIES
-from lalm_patch.provenance import flat_settings
 from lalm_patch.run import load_records
 from lalm_patch.stimuli import Attribute
+from lalm_patch.storage.provenance import flat_settings
 
 CHANGES = (
     "attr=gender",

@@ -15,13 +15,13 @@ from native_checkpoints import DestaFiles
 import lalm_patch
 from lalm_patch.analysis import mean_recovery
 from lalm_patch.checks import from_json
-from lalm_patch.corruptions import Corruption
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError, DataError
-from lalm_patch.grids import Grid, make_grid
+from lalm_patch.interventions.grids import Grid, make_grid
 from lalm_patch.models import LALM
 from lalm_patch.settings import CorruptionSettings
 from lalm_patch.stimuli import Partners, Prompt, Record, fitted
+from lalm_patch.tracing.corruptions import Corruption
 
 TOLERANCE = 1e-5
 

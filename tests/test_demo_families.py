@@ -14,7 +14,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lalm_patch.config import compose
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.grids import layer_grid
+from lalm_patch.interventions.grids import layer_grid
 from lalm_patch.models import LALM
 from lalm_patch.models.checkpoint import BUNDLED
 from lalm_patch.settings import ModelSettings

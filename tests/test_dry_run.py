@@ -15,11 +15,11 @@ from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.config import compose
 from lalm_patch.errors import ModelError
-from lalm_patch.metrics import Exclusion
 from lalm_patch.models import LALM
-from lalm_patch.progress import Progress
 from lalm_patch.run import dry_run, load_records
-from lalm_patch.tracing import Tracer
+from lalm_patch.terminal import Progress
+from lalm_patch.tracing.metrics import Exclusion
+from lalm_patch.tracing.tracer import Tracer
 
 WEIGHTS = (".safetensors", ".pth", ".bin")
 MODELS = {
@@ -67,7 +67,7 @@ def test_says_prompt_targets_grid_and_checks(described: tuple[str, int]) -> None
 
 @pytest.mark.parametrize("engine", ["replay", "direct"])
 def test_passes_are_those_of_a_run(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lalm_patch.tracing.exclusion", lambda *_arguments: Exclusion.KEPT)
+    monkeypatch.setattr("lalm_patch.tracing.tracer.exclusion", lambda *_arguments: Exclusion.KEPT)
     settings = compose("attr=gender", "granularity=token", "granularity.layers=[0,3,5]", f"engine={engine}")
     page = dry_run(settings)
     attribute = GENDER

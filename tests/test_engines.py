@@ -16,13 +16,13 @@ from lalm_patch.engine.choose import choose_engine, noise_floor
 from lalm_patch.engine.memory import GIB, bytes_per_token, tokens_within
 from lalm_patch.engine.suffix_attention import attend, attend_plainly
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, layer_grid, make_grid, token_grid
-from lalm_patch.interventions import Intervention, Patch
-from lalm_patch.metrics import recovery_rate
+from lalm_patch.interventions.grids import Grid, layer_grid, make_grid, token_grid
+from lalm_patch.interventions.patches import Intervention, Patch
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.models.proof import TOLERANCES, make_pair
 from lalm_patch.settings import EngineSettings
 from lalm_patch.stimuli import Prompt, silence
+from lalm_patch.tracing.metrics import recovery_rate
 
 TOLERANCE = 1e-5
 

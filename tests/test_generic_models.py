@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Place, token_grid
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions.grids import Place, token_grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models import generic as generic_module
 from lalm_patch.models.generic import ARCHITECTURES, REFUSED

@@ -19,9 +19,9 @@ from tiny_models import randomise
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import token_grid
-from lalm_patch.models import LALM, Generic
-from lalm_patch.models.generic import ARCHITECTURES, _hear_with_adapter
+from lalm_patch.interventions.grids import token_grid
+from lalm_patch.models import LALM
+from lalm_patch.models.generic import ARCHITECTURES, Generic, _hear_with_adapter
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.stimuli import Prompt
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lalm_patch.errors import StoreError
-from lalm_patch.journal import Journal, salvage
+from lalm_patch.storage.journal import Journal, salvage
 
 HEAD = {"identity": {"config": "é"}}
 ROWS: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {

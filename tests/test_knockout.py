@@ -18,11 +18,11 @@ from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.suffix_attention import attend_plainly
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.grids import Grid, Place, early_text_only_grid, make_grid
-from lalm_patch.interventions import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid, Place, early_text_only_grid, make_grid
+from lalm_patch.interventions.patches import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.segments import edge, edge_names
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.report import make_report
-from lalm_patch.segments import edge, edge_names
 from lalm_patch.stimuli import Prompt
 
 TOLERANCE = 1e-5

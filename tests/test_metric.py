@@ -16,7 +16,7 @@ import lalm_patch
 from lalm_patch.analysis import METRICS, about, check_claims, fusion, mean_recovery, with_metric
 from lalm_patch.engine import DirectEngine
 from lalm_patch.errors import DataError
-from lalm_patch.grids import layer_grid
+from lalm_patch.interventions.grids import layer_grid
 from lalm_patch.models import LALM
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Attribute, Prompt, load_demo

@@ -16,10 +16,10 @@ from lalm_patch.checks import Check, enforce, from_json, to_json, worst
 from lalm_patch.engine import Readout
 from lalm_patch.engine.readout import _ranks
 from lalm_patch.errors import CheckError, ConfigError
-from lalm_patch.grids import chosen_layers, make_grid
-from lalm_patch.interventions import Intervention, Patch
-from lalm_patch.metrics import Exclusion, exclusion, predictions, recovery_rate
+from lalm_patch.interventions.grids import chosen_layers, make_grid
+from lalm_patch.interventions.patches import Intervention, Patch
 from lalm_patch.models import TokenTable
+from lalm_patch.tracing.metrics import Exclusion, exclusion, predictions, recovery_rate
 
 TOKENS = TokenTable(
     (1, 9, 9, 2, 3, 4), ("<s>", "", "", "What", " is", " it"), ("pre", "audio", "audio", "early", "late", "last")

@@ -18,7 +18,7 @@ from tiny_models import save_tiny_qwen2_audio
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.interventions import Site
+from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM, TokenTable, checkpoint
 from lalm_patch.models import family as family_module
 from lalm_patch.models.checkpoint import find_repository

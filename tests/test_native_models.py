@@ -16,8 +16,8 @@ from test_engines import encodings, likely_tokens
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Place, token_grid
-from lalm_patch.interventions import Site
+from lalm_patch.interventions.grids import Place, token_grid
+from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings, ModelSettings

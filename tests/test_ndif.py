@@ -28,10 +28,10 @@ from nnsight.modeling.transformers import TransformersModel
 import lalm_patch
 from lalm_patch.engine import ndif
 from lalm_patch.errors import CheckError, ConfigError, HostError, ModelError
-from lalm_patch.jobs import JOBS
 from lalm_patch.models import LALM
 from lalm_patch.settings import BackendSettings, ModelSettings
 from lalm_patch.stimuli import Prompt
+from lalm_patch.storage.jobs import JOBS
 
 TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"

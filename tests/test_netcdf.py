@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lalm_patch.netcdf import clean_text, from_bytes, sanitise, to_bytes
+from lalm_patch.storage.netcdf import clean_text, from_bytes, sanitise, to_bytes
 
 anything = st.text(st.characters(exclude_categories=()), max_size=8)
 storable = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)

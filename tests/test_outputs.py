@@ -15,8 +15,8 @@ import xarray as xr
 from lalm_patch.analysis import accuracy, exclusion_table, mean_recovery, peak_layer
 from lalm_patch.checks import Check, to_json
 from lalm_patch.figures import plot_run, printable
-from lalm_patch.results import build_dataset
-from lalm_patch.store import SampleRecord
+from lalm_patch.results.dataset import build_dataset
+from lalm_patch.storage.run_store import SampleRecord
 from lalm_patch.summary import summary
 
 OPTIONS = ("cat", "dog")

@@ -19,7 +19,7 @@ from lalm_patch.checks import Check, to_json
 from lalm_patch.errors import StoreError
 from lalm_patch.report import make_report
 from lalm_patch.report.__main__ import main
-from lalm_patch.store import RunStore
+from lalm_patch.storage.run_store import RunStore
 
 HOSTILE = "<script>window.broken = true</script>"
 BREAKOUT = "</script><img src=x onerror='window.broken = true'>"

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from lalm_patch.results import build_dataset
-from lalm_patch.store import SampleRecord
+from lalm_patch.results.dataset import build_dataset
+from lalm_patch.storage.run_store import SampleRecord
 
 OPTIONS = ("male", "female")
 

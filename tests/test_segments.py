@@ -12,14 +12,14 @@ import lalm_patch
 from lalm_patch.analysis import about, fusion, mean_recovery, over_layers, peak_layer
 from lalm_patch.collect import collect
 from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.grids import Grid, make_grid
-from lalm_patch.interventions import Intervention, Patch
+from lalm_patch.interventions.grids import Grid, make_grid
+from lalm_patch.interventions.patches import Intervention, Patch
 from lalm_patch.models import LALM
+from lalm_patch.models.roles import ROLES
 from lalm_patch.report import make_report
-from lalm_patch.results import build_dataset
-from lalm_patch.segments import ROLES
+from lalm_patch.results.dataset import build_dataset
 from lalm_patch.stimuli import Prompt
-from lalm_patch.store import SampleRecord
+from lalm_patch.storage.run_store import SampleRecord
 
 TOLERANCE = 1e-5
 

@@ -19,8 +19,8 @@ from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import site_adds_up
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.grids import Grid, Place, make_grid
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid, Place, make_grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.models.proof import make_pair
 from lalm_patch.report import make_report

@@ -16,7 +16,7 @@ import xarray as xr
 from store_writer import IDENTITY, assemble, ended, sample, start, write_run
 
 from lalm_patch.errors import StoreError
-from lalm_patch.store import RunStore, is_finished, open_result, repair
+from lalm_patch.storage.run_store import RunStore, is_finished, open_result, repair
 
 COUNT = 3
 

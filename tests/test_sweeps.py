@@ -18,14 +18,14 @@ from test_cli import ENVIRONMENT, run
 
 from lalm_patch.config import compose
 from lalm_patch.errors import BusyError, ConfigError, StoreError
-from lalm_patch.journal import snapshot
 from lalm_patch.run import run as carry_out
 from lalm_patch.run import run_identity
-from lalm_patch.runs import State, SweepRun, failure_recorded, status, sweep_summary
 from lalm_patch.settings import RunSettings
-from lalm_patch.shards import Shard, run_folder_of
-from lalm_patch.slurm import read_queue
-from lalm_patch.store import RunStore, open_result
+from lalm_patch.storage.journal import snapshot
+from lalm_patch.storage.run_store import RunStore, open_result
+from lalm_patch.storage.shards import Shard, run_folder_of
+from lalm_patch.sweep.runs import State, SweepRun, failure_recorded, status, sweep_summary
+from lalm_patch.sweep.slurm import read_queue
 
 CLIPS = 5
 
@@ -153,7 +153,7 @@ def test_a_full_disk_still_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalm_patch.runs.replace_file", full)
+    monkeypatch.setattr("lalm_patch.sweep.runs.replace_file", full)
     with pytest.raises(ValueError, match="the cause"), failure_recorded(tmp_path, ""):
         raise ValueError("the cause")
 

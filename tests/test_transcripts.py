@@ -14,9 +14,9 @@ from native_checkpoints import DestaFiles
 
 from lalm_patch.config import compose
 from lalm_patch.errors import ConfigError
-from lalm_patch.metrics import Exclusion
 from lalm_patch.models.desta import Desta25
 from lalm_patch.run import run
+from lalm_patch.tracing.metrics import Exclusion
 
 CLIPS = 3
 
@@ -96,7 +96,7 @@ def test_upstream_excludes_clips_whose_transcripts_differ_in_length(
     place: dict[str, Path], tmp_path: Path, heard: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lalm_patch.tracing.exclusion", lambda *_arguments: Exclusion.KEPT
+        "lalm_patch.tracing.tracer.exclusion", lambda *_arguments: Exclusion.KEPT
     )  # a random model is rarely right
     dataset = outcome(place, tmp_path, "desta25", "transcript=upstream", "granularity=token")
     assert set(dataset["transcript_corrupted"].values) == {" Kids are talking."}

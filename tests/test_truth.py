@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine
-from lalm_patch.grids import Grid, Place, at_place, layer_grid, token_grid
-from lalm_patch.interventions import Intervention, Patch, Site
-from lalm_patch.metrics import recovery_rate, share_moved
+from lalm_patch.interventions.grids import Grid, Place, at_place, layer_grid, token_grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import Encoding
 from lalm_patch.settings import APPROXIMATE
+from lalm_patch.tracing.metrics import recovery_rate, share_moved
 from lalm_patch.truth import (
     KINDS,
     METHODS,

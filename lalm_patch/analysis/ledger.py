@@ -10,7 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lalm_patch.analysis.run_info import about, run_settings
-from lalm_patch.metrics import Exclusion
+from lalm_patch.tracing.metrics import Exclusion
 
 KEPT = "kept"
 

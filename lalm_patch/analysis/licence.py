@@ -13,8 +13,8 @@ import xarray as xr
 from scipy import stats
 
 from lalm_patch.errors import DataError
-from lalm_patch.metrics import share_moved
 from lalm_patch.settings import APPROXIMATE
+from lalm_patch.tracing.metrics import share_moved
 
 FEWEST = 10
 """Exact cells without which agreement cannot be told."""

@@ -16,7 +16,7 @@ import xarray as xr
 
 from lalm_patch.analysis.run_info import about
 from lalm_patch.errors import DataError
-from lalm_patch.metrics import share_moved
+from lalm_patch.tracing.metrics import share_moved
 
 Measure = Callable[[xr.Dataset, str], xr.DataArray]
 """From a run's dataset and one of clean, corrupted, patched to what is measured of it; larger is better."""

@@ -33,8 +33,8 @@ from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites, head_size
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid
-from lalm_patch.interventions import Patch, Site
+from lalm_patch.interventions.grids import Grid
+from lalm_patch.interventions.patches import Patch, Site
 from lalm_patch.models import LALM, Encoding
 
 Place = tuple[int, Site]

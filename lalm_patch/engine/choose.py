@@ -17,8 +17,8 @@ from lalm_patch.engine.direct import DirectEngine
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.settings import APPROXIMATE, EngineSettings
 

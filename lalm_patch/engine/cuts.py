@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lalm_patch.engine.suffix_attention import Blocked
 from lalm_patch.errors import ModelError
-from lalm_patch.interventions import Cut, Intervention
+from lalm_patch.interventions.patches import Cut, Intervention
 from lalm_patch.models import LALM
 
 

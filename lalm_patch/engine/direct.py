@@ -15,8 +15,8 @@ from torch import Tensor
 from lalm_patch.engine.cuts import check_cuts, masks
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import columns, layer_at, overwrite, states_at
-from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention, Patch, Site
+from lalm_patch.interventions.grids import Grid
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 
 Progress = Callable[[int], None]

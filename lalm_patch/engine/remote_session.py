@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lalm_patch.engine.readout import Readout
 from lalm_patch.errors import HostError
-from lalm_patch.interventions import Intervention
+from lalm_patch.interventions.patches import Intervention
 
 Write = tuple[int, list[int], list[int]]
 """Layer, rows, positions: the states to take from the clean run, in one write."""

@@ -25,8 +25,8 @@ from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
 from lalm_patch.engine.suffix_attention import Blocked, KeyValue, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention, Site
+from lalm_patch.interventions.grids import Grid
+from lalm_patch.interventions.patches import Intervention, Site
 from lalm_patch.models import LALM, Encoding
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lalm_patch.errors import ModelError
-from lalm_patch.interventions import Site
+from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM
 
 

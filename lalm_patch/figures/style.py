@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from lalm_patch.analysis.paper import ALL_MODELS
-from lalm_patch.journal import replace_file, storage_error
+from lalm_patch.storage.journal import replace_file, storage_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

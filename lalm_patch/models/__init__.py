@@ -1,25 +1,31 @@
-"""Checkpoints and prompts of the supported model families. Nothing outside this package asks which model it is."""
+"""Checkpoint, clip and question in; decoder inputs and a table of tokens with roles out.
+
+Nothing outside this package asks which model it is.
+"""
 
 from __future__ import annotations
 
-from lalm_patch.models.desta import Desta2, Desta25
-from lalm_patch.models.family import Family
-from lalm_patch.models.generic import Generic
-from lalm_patch.models.lalm import LALM, Encoding
-from lalm_patch.models.qwen2_audio import Qwen2Audio
-from lalm_patch.models.qwen_audio import QwenAudio
-from lalm_patch.models.tokens import TokenTable
-from lalm_patch.models.voxtral import Voxtral
-from lalm_patch.segments import ROLES
+from typing import TYPE_CHECKING
 
-FAMILIES: dict[str, type[Family]] = {
-    "desta2": Desta2,
-    "desta25": Desta25,
-    "qwen_audio": QwenAudio,
-    "qwen2_audio": Qwen2Audio,
-    "voxtral": Voxtral,
-    "generic": Generic,
-}
-"""Adapters by the name a model's YAML gives in `family`."""
+import lazy_loader
+
+from lalm_patch.models.roles import ROLES
+
+if TYPE_CHECKING:
+    from lalm_patch.models.family import Family
+    from lalm_patch.models.lalm import LALM, Encoding
+    from lalm_patch.models.registry import FAMILIES
+    from lalm_patch.models.tokens import TokenTable
 
 __all__ = ["FAMILIES", "LALM", "ROLES", "Encoding", "Family", "TokenTable"]
+
+# Roles are wanted by whoever reads results; torch and transformers only by who loads a model.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "family": ["Family"],
+        "lalm": ["LALM", "Encoding"],
+        "registry": ["FAMILIES"],
+        "tokens": ["TokenTable"],
+    },
+)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
+from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Prompt
@@ -266,8 +267,6 @@ def _open(
     checkpoint: Checkpoint,
     opened: Callable[[type[Family]], tuple[PreTrainedModel, Family]],
 ) -> tuple[PreTrainedModel, Family]:
-    from lalm_patch.models import FAMILIES
-
     if settings.family not in FAMILIES:
         raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
     try:

@@ -1,16 +1,4 @@
-"""The token table: for every position of the decoder's sequence its id, its text and its role.
-
-Roles, in the order in which they occur in a prompt:
-
-    pre         before the audio: identical in the clean and the corrupted run (causal attention)
-    audio       audio embeddings
-    transcript  a transcript the model is given together with the audio (DeSTA)
-    early       the question, up to the options
-    object      the listed options
-    late        after the options: the full stop, the response phrase
-    template    the chat template's own tokens after the audio
-    last        the final position, whose logits are read
-"""
+"""The token table: for every position of the decoder's sequence its id, its text and its role (`roles.py`)."""
 
 from __future__ import annotations
 
@@ -21,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lalm_patch.errors import ModelError
-from lalm_patch.segments import ROLES, segments_of
+from lalm_patch.models.roles import ROLES, segments_of
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ from lalm_patch.analysis import (
     with_metric,
 )
 from lalm_patch.checks import from_json
-from lalm_patch.collect import CollectedRun, read_runs
 from lalm_patch.errors import StoreError
 from lalm_patch.figures import draw_run, plot_layers, plot_ledger, plot_segments, rendered, styled
-from lalm_patch.journal import storage_error
 from lalm_patch.report.explorer import Sounds, explore
-from lalm_patch.runs import State
+from lalm_patch.storage.journal import storage_error
+from lalm_patch.sweep.collect import CollectedRun, read_runs
+from lalm_patch.sweep.runs import State
 
 log = logging.getLogger(__name__)
 

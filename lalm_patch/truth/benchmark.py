@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.interventions import Site
-from lalm_patch.progress import Progress
+from lalm_patch.interventions.patches import Site
+from lalm_patch.terminal import Progress
 from lalm_patch.truth.circuit import token_table
 from lalm_patch.truth.decoder import draw_clips
 from lalm_patch.truth.measure import measure

@@ -24,9 +24,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from lalm_patch.interventions import Intervention, Patch, Site
-from lalm_patch.metrics import recovery_rate
+from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import TokenTable
+from lalm_patch.tracing.metrics import recovery_rate
 
 FloatArray = NDArray[np.float64]
 

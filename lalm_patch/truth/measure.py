@@ -11,13 +11,13 @@ import torch
 import xarray as xr
 
 from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine, ignore_progress
-from lalm_patch.grids import Grid
-from lalm_patch.metrics import Exclusion, exclusion
+from lalm_patch.interventions.grids import Grid
 from lalm_patch.models import Encoding
-from lalm_patch.results import build_dataset
+from lalm_patch.results.dataset import build_dataset
 from lalm_patch.settings import EngineSettings
-from lalm_patch.store import SampleRecord
-from lalm_patch.tracing import exact_cells, readout_arrays, sample_meta
+from lalm_patch.storage.run_store import SampleRecord
+from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.tracer import exact_cells, readout_arrays, sample_meta
 from lalm_patch.truth.circuit import Circuit, FloatArray, Truth
 from lalm_patch.truth.decoder import MELS, Clip, PlantedLALM
 from lalm_patch.truth.methods import Method

@@ -10,10 +10,10 @@ import numpy as np
 
 from lalm_patch.engine import ApproximateEngine, Progress, Readout, ReplayEngine
 from lalm_patch.errors import ConfigError
-from lalm_patch.grids import GRANULARITIES, Grid, Place, at_place
-from lalm_patch.interventions import Intervention, Site
+from lalm_patch.interventions.grids import GRANULARITIES, Grid, Place, at_place
+from lalm_patch.interventions.patches import Intervention, Site
+from lalm_patch.interventions.segments import TEXT, edge, edge_names
 from lalm_patch.models import LALM, Encoding, TokenTable
-from lalm_patch.segments import TEXT, edge, edge_names
 from lalm_patch.settings import APPROXIMATE, EngineSettings
 from lalm_patch.truth.circuit import HEADS
 

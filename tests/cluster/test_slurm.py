@@ -18,8 +18,8 @@ import xarray as xr
 from slurm_here import SlurmHere
 
 from lalm_patch.config import compose
-from lalm_patch.journal import snapshot
-from lalm_patch.store import open_result
+from lalm_patch.storage.journal import snapshot
+from lalm_patch.storage.run_store import open_result
 
 # Every patched pass on its own: a second or more a clip for the token-wise runs, time enough to kill one.
 SETTINGS = ("engine=direct", "data.limit=5", "granularity.layers=[0,5]")

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from hydra.core.singleton import Singleton
 
-from lalm_patch.journal import dump_json, replace_file
-from lalm_patch.launchers import SlurmJob, SweepLauncher
-from lalm_patch.runs import DONE, State, SweepRun, status
+from lalm_patch.storage.journal import dump_json, replace_file
+from lalm_patch.sweep.launchers import SlurmJob, SweepLauncher
+from lalm_patch.sweep.runs import DONE, State, SweepRun, status
 
 log = logging.getLogger(__name__)
 

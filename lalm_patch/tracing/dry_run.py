@@ -24,15 +24,15 @@ from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import bytes_per_token
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
-from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
-from lalm_patch.interventions import Site
+from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions.patches import Site
+from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
-from lalm_patch.segments import check_present
 from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
-from lalm_patch.transcripts import Transcripts
+from lalm_patch.tracing.transcripts import Transcripts
 
 _GIGA = 1e9
 

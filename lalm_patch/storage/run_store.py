@@ -1,6 +1,6 @@
 """One run, one folder: a sample at a time while it runs, one netCDF file when it is finished.
 
-    journal.bin    while running: the samples stored so far (`lalm_patch.journal`)
+    journal.bin    while running: the samples stored so far (`lalm_patch.storage.journal`)
     result.nc      when finished: netCDF4, opens with plain `xarray.open_dataset`
     result.json    the receipt: size and SHA-256 of result.nc, the run's identity, the ids of its samples
     .lock          held by the process that writes; the kernel frees it however that process ends
@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from lalm_patch.errors import BusyError, StoreError
-from lalm_patch.journal import (
+from lalm_patch.storage.journal import (
     Array,
     Journal,
     dump_json,
@@ -36,7 +36,7 @@ from lalm_patch.journal import (
     sync_folder,
     write_file,
 )
-from lalm_patch.netcdf import clean_text, from_bytes, sanitise, to_bytes
+from lalm_patch.storage.netcdf import clean_text, from_bytes, sanitise, to_bytes
 
 if TYPE_CHECKING:
     import xarray as xr

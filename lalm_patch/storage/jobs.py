@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lalm_patch.journal import replace_file
+from lalm_patch.storage.journal import replace_file
 
 log = logging.getLogger(__name__)
 

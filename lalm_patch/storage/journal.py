@@ -148,7 +148,7 @@ class Journal:
         if later:
             repair = (
                 "Put back an intact copy of the file; or keep the readable samples and compute the others again with "
-                f'`python -c "from lalm_patch.store import repair; repair({str(self.path.parent)!r})"`; '
+                f'`python -c "from lalm_patch.storage.run_store import repair; repair({str(self.path.parent)!r})"`; '
                 "or remove the folder to start over."
             )
             raise StoreError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lalm_patch.journal import dump_json
+from lalm_patch.storage.journal import dump_json
 
 if TYPE_CHECKING:
     import xarray as xr

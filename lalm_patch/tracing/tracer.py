@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 
 from lalm_patch.checks import Check
-from lalm_patch.corruptions import Corruption
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
 from lalm_patch.errors import ModelError
-from lalm_patch.grids import Grid, chosen_layers, make_grid, place_in
-from lalm_patch.interventions import Site
-from lalm_patch.metrics import Exclusion, exclusion
+from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions.patches import Site
+from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import TOLERANCES, make_pair, prove
-from lalm_patch.progress import Progress
-from lalm_patch.segments import check_present
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
-from lalm_patch.transcripts import Transcripts
+from lalm_patch.terminal import Progress
+from lalm_patch.tracing.corruptions import Corruption
+from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.transcripts import Transcripts
 
 log = logging.getLogger(__name__)
 

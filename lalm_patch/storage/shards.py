@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.journal import dump_json, replace_file
-from lalm_patch.store import JOURNAL, SampleRecord, peek
+from lalm_patch.storage.journal import dump_json, replace_file
+from lalm_patch.storage.run_store import JOURNAL, SampleRecord, peek
 
 SHARDS, COMPLETE = "shards", "complete.json"
 

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 from lalm_patch.checks import Check
-from lalm_patch.corruptions import digest_of
 from lalm_patch.engine.ndif import JobFailed, JobLost, NdifEngine
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest
 from lalm_patch.errors import HostError, ModelError
-from lalm_patch.grids import Grid
-from lalm_patch.interventions import Intervention, Patch
-from lalm_patch.jobs import Job, JobBook
-from lalm_patch.metrics import Exclusion, exclusion
+from lalm_patch.interventions.grids import Grid
+from lalm_patch.interventions.patches import Intervention, Patch
 from lalm_patch.models import TokenTable
 from lalm_patch.models.proof import noise_clip
-from lalm_patch.progress import Progress
 from lalm_patch.stimuli import Prompt, Record
-from lalm_patch.tracing import SampleTrace, Tracer, readout_arrays
+from lalm_patch.storage.jobs import Job, JobBook
+from lalm_patch.terminal import Progress
+from lalm_patch.tracing.corruptions import digest_of
+from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.tracer import SampleTrace, Tracer, readout_arrays
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.segments import ROLES, segments_of
-from lalm_patch.store import SampleRecord
+from lalm_patch.models.roles import ROLES, segments_of
+from lalm_patch.storage.run_store import SampleRecord
 
 _NOT_RUN = "NaN: the clip could not be used"
 

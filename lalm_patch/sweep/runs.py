@@ -18,10 +18,10 @@ from pathlib import Path
 import xarray as xr
 
 from lalm_patch.errors import BusyError, StoreError
-from lalm_patch.journal import replace_file, snapshot
 from lalm_patch.settings import CHOICES
-from lalm_patch.shards import is_complete, run_folder_of, shard_folders
-from lalm_patch.store import JOURNAL, RECEIPT, RESULT, read_receipt
+from lalm_patch.storage.journal import replace_file, snapshot
+from lalm_patch.storage.run_store import JOURNAL, RECEIPT, RESULT, read_receipt
+from lalm_patch.storage.shards import is_complete, run_folder_of, shard_folders
 from lalm_patch.terminal import as_typed, command_line
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lalm_patch.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from lalm_patch.models.tokens import TokenTable
+    from lalm_patch.models import TokenTable
 
 PADDING = "padding"
 """Name of the window of all positions after the clip's end: some models fill every clip up to 30 s."""

@@ -31,7 +31,7 @@ def package_version() -> str:
 
 def git_revision() -> str:
     """Commit of the checkout the package runs from, with `-dirty` if it was changed; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])

@@ -6,28 +6,21 @@ target `text` stands for all positions after the audio.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions import Cut
+from lalm_patch.interventions.patches import Cut
+from lalm_patch.models.roles import ROLES
 
 if TYPE_CHECKING:
-    from lalm_patch.models.tokens import TokenTable
+    from lalm_patch.models import TokenTable
 
-ROLES = ("pre", "audio", "transcript", "early", "object", "late", "template", "last")
-"""Roles of tokens, see `lalm_patch.models.tokens`."""
 TEXT = "text"
 AUDIO = "audio"
 AUDIO_TEXT = f"{AUDIO}-{TEXT}"
 KNOCKOUTS = ("edge", "early_text_only")
 """Granularities that cut attention, and exchange no states."""
-
-
-def segments_of(roles: Iterable[str]) -> tuple[str, ...]:
-    """The segments that tokens with these roles make up, in the order of `ROLES`."""
-    found = set(roles)
-    return tuple(role for role in ROLES if role in found)
 
 
 def edge_names(segments: Sequence[str]) -> tuple[str, ...]:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions import Cut, Intervention, Patch, Site
-from lalm_patch.models.tokens import TokenTable
-from lalm_patch.segments import AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
+from lalm_patch.interventions.patches import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.segments import AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
+from lalm_patch.interventions.spans import Spans, audio_windows, tower_windows
 from lalm_patch.settings import GranularitySettings, SiteSettings
-from lalm_patch.spans import Spans, audio_windows, tower_windows
 
 if TYPE_CHECKING:
-    from lalm_patch.models import LALM
+    from lalm_patch.models import LALM, TokenTable
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def audio_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
     """Audio positions (at the site `tower`, the encoder's frames) of a window of the clip, for each (layer, window).
 
     Raises:
-        ModelError: see `lalm_patch.spans`.
+        ModelError: see `lalm_patch.interventions.spans`.
     """
     spans = place.spans or Spans()
     tower = place.site is Site.TOWER

@@ -21,9 +21,9 @@ from omegaconf import DictConfig, open_dict
 
 from lalm_patch.config import register, to_settings
 from lalm_patch.errors import ConfigError, LalmPatchError
-from lalm_patch.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, status
-from lalm_patch.shards import run_folder_of
-from lalm_patch.store import is_finished
+from lalm_patch.storage.run_store import is_finished
+from lalm_patch.storage.shards import run_folder_of
+from lalm_patch.sweep.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, status
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.metrics import Exclusion, share_moved
-from lalm_patch.netcdf import clean_text
-from lalm_patch.observations import observed
-from lalm_patch.segments import has_edge, segments_of
-from lalm_patch.spans import PADDING, start_of
+from lalm_patch.interventions.segments import has_edge
+from lalm_patch.interventions.spans import PADDING, start_of
+from lalm_patch.models.roles import segments_of
+from lalm_patch.results.observations import observed
 from lalm_patch.stimuli import SAMPLING_RATE
-from lalm_patch.store import SampleRecord
+from lalm_patch.storage.netcdf import clean_text
+from lalm_patch.storage.run_store import SampleRecord
+from lalm_patch.tracing.metrics import Exclusion, share_moved
 
 _AXES = {
     "layer": "decoder layer, from 0",

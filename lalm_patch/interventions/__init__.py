@@ -1,0 +1,9 @@
+"""A granularity and a prompt's tokens in; a labelled grid of interventions, as plain data, out."""
+
+from __future__ import annotations
+
+from lalm_patch.interventions.grids import GRANULARITIES, Grid, Place, at_place, make_grid
+from lalm_patch.interventions.patches import Cut, Intervention, Patch, Site
+from lalm_patch.interventions.spans import Spans
+
+__all__ = ["GRANULARITIES", "Cut", "Grid", "Intervention", "Patch", "Place", "Site", "Spans", "at_place", "make_grid"]
