@@ -28,9 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from lalm_patch.engine.constant_attention import constant_attention_in
-from lalm_patch.engine.direct import DirectEngine, Progress, ignore_progress
+from lalm_patch.engine.interface import Engine, Progress, ignore_progress
 from lalm_patch.engine.readout import Readout
-from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites, head_size
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid
@@ -56,7 +55,7 @@ class ApproximateEngine:
         ModelError: `relevance` with a decoder whose parts it does not know.
     """
 
-    def __init__(self, lalm: LALM, exact: DirectEngine | ReplayEngine, rule: str, steps: int) -> None:
+    def __init__(self, lalm: LALM, exact: Engine, rule: str, steps: int) -> None:
         self.lalm = lalm
         self.exact = exact
         self.name = rule
@@ -64,34 +63,30 @@ class ApproximateEngine:
         if rule == "relevance":
             check_relevance(lalm)
 
-    def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
-        """The clean and the corrupted run, exactly: rows 0 and 1."""
-        return self.exact.base(clean, corrupted, option_ids)
+    def base(self, source: Encoding, target: Encoding, option_ids: Sequence[int]) -> Readout:
+        """See `Engine.base`: these are exact."""
+        return self.exact.base(source, target, option_ids)
 
     def sweep(
         self,
-        clean: Encoding,
-        corrupted: Encoding,
+        source: Encoding,
+        target: Encoding,
         grid: Grid,
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
     ) -> Readout:
-        """One row per cell of the grid, in the grid's order; the most probable token is not known (-1).
-
-        Raises:
-            ModelError: a cell that cuts attention or patches the audio encoder, or a site that the model lacks.
-        """
+        """See `Engine.sweep`; the most probable token is not known (-1), cuts and the audio encoder are refused."""
         patches = [patch for cell in grid.cells for patch in cell.patches]
         if any(cell.cuts for cell in grid.cells) or any(patch.site is Site.TOWER for patch in patches):
             raise ModelError(f"{self.name} approximates patches in the decoder only: expected no cuts, no site tower")
         check_sites(self.lalm, {patch.site for patch in patches})
         places = sorted({(patch.layer, patch.site) for patch in patches}, key=_moment)
-        target = self.exact.base(clean, corrupted, option_ids).rows(slice(1, 2))
-        others = _log_difference(target.logsumexp, np.logaddexp.reduce(target.option_logits, axis=1))
-        effects = self._effects(clean, corrupted, places, option_ids)
+        unpatched = self.exact.base(source, target, option_ids).rows(slice(1, 2))
+        others = _log_difference(unpatched.logsumexp, np.logaddexp.reduce(unpatched.option_logits, axis=1))
+        effects = self._effects(source, target, places, option_ids)
         changes = np.stack([self._change(cell.patches, effects) for cell in grid.cells])
         progress(len(grid.cells))
-        logits = target.option_logits + changes[:, :-1]
+        logits = unpatched.option_logits + changes[:, :-1]
         return Readout(
             logits,
             np.logaddexp(others + changes[:, -1], np.logaddexp.reduce(logits, axis=1)),

@@ -14,6 +14,7 @@ from lalm_patch.checks import Check
 from lalm_patch.engine.approximate import ApproximateEngine
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.direct import DirectEngine
+from lalm_patch.engine.interface import Engine
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
@@ -64,7 +65,7 @@ def choose_engine(
     option_ids: tuple[int, ...],
     tolerance: float,
     place: Place = STANDARD,
-) -> tuple[DirectEngine | ReplayEngine | ApproximateEngine, list[Check]]:
+) -> tuple[Engine, list[Check]]:
     """The engine for a model, and what was checked to choose it: of an approximation, its exact engine.
 
     Raises:
@@ -103,7 +104,7 @@ def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], tolerance: float,
 
 
 def noise_floor(
-    engine: DirectEngine | ReplayEngine,
+    engine: Engine,
     corrupted: Encoding,
     ids: tuple[int, ...],
     tolerance: float,
@@ -121,7 +122,7 @@ def noise_floor(
 
 def _choose(
     lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float, place: Place
-) -> tuple[DirectEngine | ReplayEngine, list[Check]]:
+) -> tuple[Engine, list[Check]]:
     if settings.name == "direct" or place.site is Site.TOWER:  # in the encoder every frame hears every other
         return DirectEngine(lalm), []
     obstacle = replay_obstacle(lalm)

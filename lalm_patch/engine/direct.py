@@ -5,7 +5,7 @@ It starts from the audio and uses nothing that any other engine computes. It is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import nnsight
@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from lalm_patch.engine.cuts import check_cuts, masks
+from lalm_patch.engine.interface import Progress, ignore_progress
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import columns, layer_at, overwrite, states_at
 from lalm_patch.interventions.grids import Grid
 from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
-
-Progress = Callable[[int], None]
-"""Called with the number of cells that were just computed."""
-
-
-def ignore_progress(cells: int) -> None:
-    """Report to nobody."""
 
 
 class DirectEngine:
@@ -36,43 +30,43 @@ class DirectEngine:
         self.lalm = lalm
         self._base: tuple[Encoding, Encoding, Tensor] | None = None
 
-    def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
-        """The clean and the corrupted run: rows 0 and 1."""
-        logits = self._base_logits(clean, corrupted)
+    def base(self, source: Encoding, target: Encoding, option_ids: Sequence[int]) -> Readout:
+        """See `Engine.base`."""
+        logits = self._base_logits(source, target)
         return Readout.of(logits, option_ids, logits)
 
     def sweep(
         self,
-        clean: Encoding,
-        corrupted: Encoding,
+        source: Encoding,
+        target: Encoding,
         grid: Grid,
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
     ) -> Readout:
-        """One row per cell of the grid, in the grid's order."""
-        references = self._base_logits(clean, corrupted)
-        return self.cells(clean, corrupted, grid.cells, option_ids, progress, references)
+        """See `Engine.sweep`."""
+        references = self._base_logits(source, target)
+        return self.cells(source, target, grid.cells, option_ids, progress, references)
 
     def cells(
         self,
-        clean: Encoding,
-        corrupted: Encoding,
+        source: Encoding,
+        target: Encoding,
         interventions: Sequence[Intervention],
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
         references: Tensor | None = None,
     ) -> Readout:
-        """One row per intervention: the corrupted run with the intervention's states taken from the clean run.
+        """One row per intervention: the target run with the intervention's states taken from the source run.
 
         Divergences are known where the two runs' logits [2, vocabulary] are given.
         """
         places = {(patch.layer, patch.site) for intervention in interventions for patch in intervention.patches}
         if any(intervention.cuts for intervention in interventions):
             check_cuts(self.lalm)
-        source = self.states(clean, places) if places else {}
+        states = self.states(source, places) if places else {}
         rows = []
         for intervention in interventions:
-            rows.append(self._patched(corrupted, intervention, source))
+            rows.append(self._patched(target, intervention, states))
             progress(1)
         return Readout.of(torch.cat(rows), option_ids, references)
 
@@ -88,10 +82,10 @@ class DirectEngine:
             found = nnsight.save([states_at(layer_at(self.lalm, *place), place[1]).clone() for place in in_decoder])
         return dict(zip(wanted, [*heard, *found], strict=True))
 
-    def _base_logits(self, clean: Encoding, corrupted: Encoding) -> Tensor:
+    def _base_logits(self, source: Encoding, target: Encoding) -> Tensor:
         """Logits [2, vocabulary] of the two unpatched runs; of the last pair of encodings they are known."""
-        if self._base is None or self._base[0] is not clean or self._base[1] is not corrupted:
-            self._base = clean, corrupted, torch.cat([self._logits(clean), self._logits(corrupted)])
+        if self._base is None or self._base[0] is not source or self._base[1] is not target:
+            self._base = source, target, torch.cat([self._logits(source), self._logits(target)])
         return self._base[2]
 
     def _logits(self, encoding: Encoding) -> Tensor:
@@ -100,32 +94,30 @@ class DirectEngine:
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
-    def _patched(
-        self, corrupted: Encoding, intervention: Intervention, source: dict[tuple[int, Site], Tensor]
-    ) -> Tensor:
+    def _patched(self, target: Encoding, intervention: Intervention, states: dict[tuple[int, Site], Tensor]) -> Tensor:
         layers: list[Any] = self.lalm.layers
-        masked = masks(self.lalm, intervention.cuts, len(corrupted.tokens))
+        masked = masks(self.lalm, intervention.cuts, len(target.tokens))
         steps = sorted({*masked, *(patch.layer for patch in intervention.patches if patch.site is not Site.TOWER)})
-        with torch.no_grad(), self.lalm.traced.trace(**corrupted.inputs):
+        with torch.no_grad(), self.lalm.traced.trace(**target.inputs):
             for patch in intervention.in_tower:
-                self._write(patch, source)
-            self.lalm.enter(corrupted)
+                self._write(patch, states)
+            self.lalm.enter(target)
             for layer in steps:
                 # What enters the layer comes first, then its attention's mask, then what is inside and leaves it.
                 for patch in intervention.at(layer):
                     if patch.site is Site.EMBED:
-                        self._write(patch, source)
+                        self._write(patch, states)
                 if layer in masked:
                     args, kwargs = layers[layer].self_attn.inputs
                     layers[layer].self_attn.inputs = args, kwargs | {"attention_mask": masked[layer]}
                 for patch in intervention.at(layer):
                     if patch.site is not Site.EMBED:
-                        self._write(patch, source)
+                        self._write(patch, states)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
-    def _write(self, patch: Patch, source: dict[tuple[int, Site], Tensor]) -> None:
+    def _write(self, patch: Patch, states: dict[tuple[int, Site], Tensor]) -> None:
         """Inside a trace: put a patch's states, [1, positions, width] by layer and site, where they belong."""
         where, head = list(patch.positions), columns(self.lalm, patch.head)
-        states = source[patch.layer, patch.site][0, where, head]
-        overwrite(layer_at(self.lalm, patch.layer, patch.site), patch.site, head, where, states)
+        chosen = states[patch.layer, patch.site][0, where, head]
+        overwrite(layer_at(self.lalm, patch.layer, patch.site), patch.site, head, where, chosen)

@@ -8,12 +8,16 @@ from typing import Any
 import nnsight
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
+from lalm_patch.engine.attention import (
+    AttentionInputs,
+    attention_in,
+    causal_weights,
+    for_each_head,
+    register_attention,
+)
 from lalm_patch.engine.choose import replay_obstacle
-from lalm_patch.engine.constant_attention import causal_weights
-from lalm_patch.engine.suffix_attention import attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.models import LALM, Encoding
 
@@ -99,29 +103,12 @@ def audio_attention(lalm: LALM, encoding: Encoding) -> np.ndarray:
     return torch.stack(each).float().numpy()
 
 
-def observed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    listening: _Listening | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, causal; tells `listening` the weights that fall on the audio.
-
-    Args and returns as of `constant_attention`.
-    """
-    if listening is None or attention_mask is not None or dropout:
-        raise ValueError("observed attention needs somebody to tell, one unpadded sequence and no dropout")
-    layer: Any = module.layer_idx
-    weights = causal_weights(query, key, scaling)
+def observed_attention(inputs: AttentionInputs, listening: _Listening) -> Tensor:
+    """Causal attention that tells `listening` the weights that fall on the audio; see `AttentionFunction`."""
+    weights = causal_weights(inputs)
     audio = listening.audio.to(weights.device)
-    listening.found[layer] = weights[0, :, listening.first :].index_select(-1, audio).sum(-1)
-    values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return (weights.to(value.dtype) @ values).transpose(1, 2), None
+    listening.found[inputs.layer] = weights[0, :, listening.first :].index_select(-1, audio).sum(-1)
+    return (weights.to(inputs.value.dtype) @ for_each_head(inputs.value, inputs)).transpose(1, 2)
 
 
-AttentionInterface.register(ATTENTION_NAME, observed_attention)
+register_attention(ATTENTION_NAME, observed_attention, argument="listening")

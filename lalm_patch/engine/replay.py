@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lalm_patch.engine.cuts import blocked_edges, check_cuts
-from lalm_patch.engine.direct import Progress, ignore_progress
+from lalm_patch.engine.interface import Progress, ignore_progress
 from lalm_patch.engine.memory import GIB, free_budget, is_out_of_memory, tokens_within
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _SourceRun:
-    """The clean run: states [positions from `first` on, width] of each site, layer by layer, logits [1, vocabulary]."""
+    """The run that states are taken from: states [positions from `first` on, width] of each site, layer by layer, and
+    logits [1, vocabulary]."""
 
     first: int
     states: dict[Site, list[Tensor]]
@@ -42,9 +43,9 @@ class _SourceRun:
 
 
 @dataclass(frozen=True)
-class _CorruptedRun:
-    """The corrupted run: what enters each layer and leaves the last one, [positions from `first` on, hidden] each, the
-    logits, and every layer's keys and values for all positions."""
+class _TargetRun:
+    """The run into which they are put: what enters each layer and leaves the last one, [positions from `first` on,
+    hidden] each, the logits, and every layer's keys and values for all positions."""
 
     first: int
     entering: list[Tensor]
@@ -83,37 +84,33 @@ class ReplayEngine:
         self._sites: set[Site] = {Site.RESID}
         self._first: int | None = None
         self._source: tuple[Encoding, _SourceRun] | None = None
-        self._corrupted: tuple[Encoding, _CorruptedRun] | None = None
+        self._target: tuple[Encoding, _TargetRun] | None = None
 
-    def base(self, clean: Encoding, corrupted: Encoding, option_ids: Sequence[int]) -> Readout:
-        """The clean and the corrupted run: rows 0 and 1."""
-        logits = torch.cat([self._source_run(clean).logits, self._corrupted_run(corrupted).logits])
+    def base(self, source: Encoding, target: Encoding, option_ids: Sequence[int]) -> Readout:
+        """See `Engine.base`."""
+        logits = torch.cat([self._source_run(source).logits, self._target_run(target).logits])
         return Readout.of(logits, option_ids, logits)
 
     def sweep(
         self,
-        clean: Encoding,
-        corrupted: Encoding,
+        source: Encoding,
+        target: Encoding,
         grid: Grid,
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
     ) -> Readout:
-        """One row per cell of the grid, in the grid's order.
-
-        Raises:
-            ModelError: a site that the model lacks, or not even a single cell fits into memory.
-        """
+        """See `Engine.sweep`; ModelError, too, if not even a single cell fits into memory."""
         self._sites |= {patch.site for cell in grid.cells for patch in cell.patches}
         if Site.TOWER in self._sites:
             raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
         check_sites(self.lalm, self._sites)
         # States are kept from the first text position on, or from the first audio position that is patched.
-        earliest = min((cell.first_position for cell in grid.cells), default=len(corrupted.tokens))
-        self._first = min(earliest, corrupted.tokens.text_positions[0])
+        earliest = min((cell.first_position for cell in grid.cells), default=len(target.tokens))
+        self._first = min(earliest, target.tokens.text_positions[0])
         if any(cell.cuts for cell in grid.cells):
             check_cuts(self.lalm)
-        source, base = self._source_run(clean), self._corrupted_run(corrupted)
-        length = len(corrupted.tokens)
+        source_run, target_run = self._source_run(source), self._target_run(target)
+        length = len(target.tokens)
         budget = free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
         tokens = min(self.pack_tokens, tokens_within(budget, self.lalm, length))
         parts = []
@@ -121,7 +118,7 @@ class ReplayEngine:
         with suffix_attention_in(self.lalm.decoder_module):
             while waiting:
                 pack = waiting.pop()
-                readout = self._attempt(pack, source, base, corrupted, option_ids)
+                readout = self._attempt(pack, source_run, target_run, target, option_ids)
                 if readout is None:
                     self._make_smaller(pack, waiting, length)
                     continue
@@ -132,21 +129,21 @@ class ReplayEngine:
     def _attempt(
         self,
         pack: _Pack,
-        source: _SourceRun,
-        base: _CorruptedRun,
-        corrupted: Encoding,
+        source_run: _SourceRun,
+        target_run: _TargetRun,
+        target: Encoding,
         option_ids: Sequence[int],
     ) -> Readout | None:
         """A pack's readout, or None when memory does not suffice."""
         try:
-            references = torch.cat([source.logits, base.logits])
-            return Readout.of(self._run_pack(pack, source, base, corrupted), option_ids, references)
+            references = torch.cat([source_run.logits, target_run.logits])
+            return Readout.of(self._run_pack(pack, source_run, target_run, target), option_ids, references)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
             if not is_out_of_memory(error):
                 raise
             if len(pack.cells) == 1:
                 raise ModelError(
-                    f"out of memory with a single cell of {len(corrupted.tokens)} positions in a pack: {error}; "
+                    f"out of memory with a single cell of {len(target.tokens)} positions in a pack: {error}; "
                     "use a device with more memory, a smaller model.dtype or shorter clips"
                 ) from error
             return None
@@ -170,25 +167,25 @@ class ReplayEngine:
 
     # --- the two base runs -------------------------------------------------------------------------------------
 
-    def _source_run(self, clean: Encoding) -> _SourceRun:
-        first = self._first_kept(clean)
-        known = self._source is not None and self._source[0] is clean and self._source[1].first <= first
+    def _source_run(self, source: Encoding) -> _SourceRun:
+        first = self._first_kept(source)
+        known = self._source is not None and self._source[0] is source and self._source[1].first <= first
         if self._source is None or not known or not self._sites <= self._source[1].states.keys():
             self._source = None  # the last clip's states go before this one's come
-            states, logits, _ = self._whole_run(clean, first, self._sites, keep_keys=False)
-            self._source = clean, _SourceRun(first, states, logits)
+            states, logits, _ = self._whole_run(source, first, self._sites, keep_keys=False)
+            self._source = source, _SourceRun(first, states, logits)
         return self._source[1]
 
-    def _corrupted_run(self, corrupted: Encoding) -> _CorruptedRun:
+    def _target_run(self, target: Encoding) -> _TargetRun:
         # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
-        first = self._first_kept(corrupted)
-        known = self._corrupted is not None and self._corrupted[0] is corrupted and self._corrupted[1].first <= first
-        if self._corrupted is None or not known:
-            self._corrupted = None
-            states, logits, prefix = self._whole_run(corrupted, first, {Site.RESID}, keep_keys=True)
-            run = _CorruptedRun(first, [corrupted.inputs_embeds[0, first:], *states[Site.RESID]], logits, prefix)
-            self._corrupted = corrupted, run
-        return self._corrupted[1]
+        first = self._first_kept(target)
+        known = self._target is not None and self._target[0] is target and self._target[1].first <= first
+        if self._target is None or not known:
+            self._target = None
+            states, logits, prefix = self._whole_run(target, first, {Site.RESID}, keep_keys=True)
+            run = _TargetRun(first, [target.inputs_embeds[0, first:], *states[Site.RESID]], logits, prefix)
+            self._target = target, run
+        return self._target[1]
 
     def _first_kept(self, encoding: Encoding) -> int:
         """Position from which on a run's states are kept: before the first sweep, of the text alone."""
@@ -249,10 +246,10 @@ class ReplayEngine:
             total += suffix
         yield _Pack(pack.layer, pack.indices[start:], pack.cells[start:])
 
-    def _run_pack(self, pack: _Pack, source: _SourceRun, base: _CorruptedRun, corrupted: Encoding) -> Tensor:
+    def _run_pack(self, pack: _Pack, source_run: _SourceRun, target_run: _TargetRun, target: Encoding) -> Tensor:
         """Logits [cells, vocabulary] of a pack."""
         # Everything the layers index with is made here, on its device: inside the loop nothing waits for the host.
-        length, entering = len(corrupted.tokens), base.entering[pack.layer]
+        length, entering = len(target.tokens), target_run.entering[pack.layer]
         starts = torch.tensor([cell.first_position for cell in pack.cells])
         ends = (length - starts).cumsum(0)
         rows = torch.arange(len(starts)).repeat_interleave(length - starts)
@@ -261,15 +258,17 @@ class ReplayEngine:
         slots = rows * (length - window_start) + positions - window_start
         cuts = blocked_edges(pack.cells, ends.tolist(), length, window_start, self.lalm.num_heads)
         blocked = {
-            layer: Blocked(*(_on(part, base.prefix[layer][0].device) for part in (edges.prefix, edges.window)))
+            layer: Blocked(*(_on(part, target_run.prefix[layer][0].device) for part in (edges.prefix, edges.window)))
             for layer, edges in cuts.items()
         }
         slots = _on(slots, entering.device)
-        suffixes = SuffixLayout(base.prefix, window_start, length, slots, len(starts), blocked)
-        writes = self._writes(pack, ends.tolist(), source, [state.device for state in base.entering[1:]], length)
-        entering = entering.index_select(0, _on(positions - base.first, entering.device))[None]
-        position_ids = corrupted.position_ids[..., _on(positions, corrupted.position_ids.device)]
-        lasts = _on(ends - 1, base.entering[-1].device)
+        suffixes = SuffixLayout(target_run.prefix, window_start, length, slots, len(starts), blocked)
+        writes = self._writes(
+            pack, ends.tolist(), source_run, [state.device for state in target_run.entering[1:]], length
+        )
+        entering = entering.index_select(0, _on(positions - target_run.first, entering.device))[None]
+        position_ids = target.position_ids[..., _on(positions, target.position_ids.device)]
+        lasts = _on(ends - 1, target_run.entering[-1].device)
 
         layers: list[Any] = self.lalm.layers
         with (
@@ -288,7 +287,7 @@ class ReplayEngine:
         return self.lalm.logits(last)
 
     def _writes(
-        self, pack: _Pack, ends: Sequence[int], source: _SourceRun, devices: Sequence[torch.device], length: int
+        self, pack: _Pack, ends: Sequence[int], source_run: _SourceRun, devices: Sequence[torch.device], length: int
     ) -> list[_Write]:
         """The patches of a pack, in the order in which the forward pass meets them; one write per place."""
         places: dict[tuple[int, Site, int | None], tuple[list[int], list[int]]] = {}
@@ -296,11 +295,11 @@ class ReplayEngine:
         for patch, end in sorted(patches, key=lambda pair: pair[0].moment[:3]):
             where, positions = places.setdefault((patch.layer, patch.site, patch.head), ([], []))
             where.extend(end - length + position for position in patch.positions)
-            positions.extend(position - source.first for position in patch.positions)
+            positions.extend(position - source_run.first for position in patch.positions)
         writes = []
         for (layer, site, head), (where, positions) in places.items():
             within, device = columns(self.lalm, head), devices[layer]
-            states = source.states[site][layer][:, within]
+            states = source_run.states[site][layer][:, within]
             chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(device)
             writes.append((layer, site, within, _on(torch.tensor(where), device), chosen))
         return writes

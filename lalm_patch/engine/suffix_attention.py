@@ -16,14 +16,14 @@ parts are ordinary attentions with a softmax of their own; their log-sum-exps sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+
+from lalm_patch.engine.attention import AttentionInputs, attention_in, register_attention
 
 ATTENTION_NAME = "lalm_patch_suffixes"
 
@@ -78,44 +78,17 @@ class SuffixLayout:
         return self._slots_on[device]
 
 
-def suffix_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    suffixes: SuffixLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface for packed suffixes.
+def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
+    """Attention of packed suffixes, see `AttentionFunction`: [1, tokens, heads, head size].
 
     Args:
-        module: the attention module; `layer_idx` says which layer's prefix to use.
-        query: [1, heads, tokens, head size].
-        key: [1, key-value heads, tokens, head size].
-        value: as `key`.
-        attention_mask: unused, the layout says who sees whom.
-        scaling: factor on the scores; 1/sqrt(head size) if None.
-        dropout: must be 0, as in evaluation.
-        suffixes: the pack's layout.
-
-    Returns:
-        [1, tokens, heads, head size], and None for the attention weights.
-
-    Raises:
-        NotImplementedError: the model asks for soft caps, sinks or a position bias.
+        inputs: of the pack, a batch of one.
+        suffixes: the pack's layout: it says who sees whom.
     """
-    if suffixes is None or dropout:
-        raise ValueError("suffix attention needs a pack's layout and no dropout")
-    if unsupported := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"suffix attention has no {', '.join(unsupported)}")
-    layer: Any = module.layer_idx
+    query, key, value, scale, layer = inputs.query, inputs.key, inputs.value, inputs.scale, inputs.layer
     _, heads, tokens, size = query.shape
     groups, rows, window = key.shape[1], suffixes.num_rows, suffixes.window
     share = heads // groups
-    scale = size**-0.5 if scaling is None else scaling
     slots = suffixes.slots_on(query.device)
     prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[layer])
     value_size = value.shape[-1]
@@ -146,7 +119,7 @@ def suffix_attention(
         # The share of the whole softmax that falls on the window.
         weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1)
         own_out = torch.lerp(out.transpose(1, 2).float(), own_out.float(), weight).to(query.dtype)
-    return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size), None
+    return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size)
 
 
 def _for_groups(blocked: Tensor, groups: int, share: int) -> Tensor:
@@ -215,32 +188,9 @@ def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, slots: Te
     return table.view(groups * suffixes.num_rows, suffixes.window, size)
 
 
-@contextmanager
-def suffix_attention_in(decoder: nn.Module) -> Iterator[None]:
+def suffix_attention_in(decoder: nn.Module) -> AbstractContextManager[None]:
     """Let the decoder's layers use suffix attention while the context is open."""
-    with attention_in(decoder, ATTENTION_NAME):
-        yield
+    return attention_in(decoder, ATTENTION_NAME)
 
 
-@contextmanager
-def attention_in(decoder: nn.Module, name: str) -> Iterator[None]:
-    """Let the decoder's layers use an attention function, by its registered name, while the context is open."""
-    configs = {id(config): config for config in _attention_configs(decoder)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    for config in configs:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
-def _attention_configs(decoder: nn.Module) -> Iterator[Any]:
-    yield decoder.config
-    for module in decoder.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "config"):
-            yield module.config
-
-
-AttentionInterface.register(ATTENTION_NAME, suffix_attention)
+register_attention(ATTENTION_NAME, suffix_attention, argument="suffixes", ignores_mask=True)

@@ -251,7 +251,7 @@ class Tracer:
 
 
 def exact_cells(
-    engine: DirectEngine | ReplayEngine,
+    engine: Engine,
     source: Encoding,
     target: Encoding,
     grid: Grid,
