@@ -11,13 +11,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 from lalm_patch.errors import (
     AudioError,
+    BusyError,
     CheckError,
     ConfigError,
     DataError,
+    HostError,
     LalmPatchError,
     ModelError,
     StoreError,
@@ -26,34 +30,37 @@ from lalm_patch.errors import (
 if TYPE_CHECKING:
     from lalm_patch.config import compose
     from lalm_patch.run import RunOutcome, trace
-    from lalm_patch.storage.run_store import open_result
+    from lalm_patch.settings import RunSettings
+    from lalm_patch.storage import open_result
 
 __all__ = [
     "AudioError",
+    "BusyError",
     "CheckError",
     "ConfigError",
     "DataError",
+    "HostError",
     "LalmPatchError",
     "ModelError",
     "RunOutcome",
+    "RunSettings",
     "StoreError",
     "compose",
     "open_result",
     "trace",
 ]
 
-_WHERE = {
-    "compose": "lalm_patch.config",
-    "RunOutcome": "lalm_patch.run",
-    "trace": "lalm_patch.run",
-    "open_result": "lalm_patch.storage.run_store",
-}
+# The verbs are imported when they are used: torch and transformers take seconds, a wrong option should not.
+__getattr__, *_ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "config": ["compose"],
+        "run": ["RunOutcome", "trace"],
+        "settings": ["RunSettings"],
+        "storage": ["open_result"],
+    },
+)
 
 
-def __getattr__(name: str) -> Any:
-    """Import the verbs when they are used: torch and transformers take seconds, a wrong option should not."""
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_WHERE[name]), name)
+def __dir__() -> list[str]:
+    return __all__

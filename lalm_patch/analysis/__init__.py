@@ -1,4 +1,4 @@
-"""From datasets of runs to findings. Needs no model and no torch: it works on a dataset opened anywhere.
+"""Datasets of runs in; findings out. Needs no model and no torch: it works on a dataset opened anywhere.
 
 run_info    which run a dataset is
 metric      other metrics than the probability

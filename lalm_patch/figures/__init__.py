@@ -1,4 +1,4 @@
-"""Figures: PNG, PDF and the drawn numbers as CSV, each from datasets alone."""
+"""Datasets in; figures as PNG and PDF, and the drawn numbers as CSV, out."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "LALM", "ROLES", "Encoding", "Family", "TokenTable"]
 
 # Roles are wanted by whoever reads results; torch and transformers only by who loads a model.
-__getattr__, __dir__, _ = lazy_loader.attach(
+__getattr__, *_ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "family": ["Family"],
@@ -29,3 +29,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "tokens": ["TokenTable"],
     },
 )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""One self-contained HTML page per run or sweep: python -m lalm_patch.report FOLDER."""
+"""Folders of finished runs in; one self-contained HTML page out: `python -m lalm_patch.report FOLDER`."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from lalm_patch.errors import StoreError
 from lalm_patch.figures import draw_run, plot_layers, plot_ledger, plot_segments, rendered, styled
 from lalm_patch.report.explorer import Sounds, explore
 from lalm_patch.storage.journal import storage_error
-from lalm_patch.sweep.collect import CollectedRun, read_runs
+from lalm_patch.sweep.collection import CollectedRun, read_runs
 from lalm_patch.sweep.runs import State
 
 log = logging.getLogger(__name__)

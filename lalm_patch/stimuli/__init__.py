@@ -1,4 +1,4 @@
-"""Clips and questions: what a model is given, before it is a model's own."""
+"""Recordings, tables of labels and settings in; clips and prompts, before they are a model's own, out."""
 
 from __future__ import annotations
 

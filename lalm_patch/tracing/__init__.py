@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["Exclusion", "RemoteTracer", "SampleTrace", "Tracer", "recovery_rate", "share_moved"]
 
 # Metrics are wanted by whoever reads results; torch only by who traces.
-__getattr__, __dir__, _ = lazy_loader.attach(
+__getattr__, *_ = lazy_loader.attach(
     __name__, submod_attrs={"remote": ["RemoteTracer"], "tracer": ["SampleTrace", "Tracer"]}
 )
+
+
+def __dir__() -> list[str]:
+    return __all__

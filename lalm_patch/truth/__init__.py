@@ -1,4 +1,4 @@
-"""Models whose truth is planted, and how well tracing finds it.
+"""Circuits in; models in which they are planted, and how well tracing finds them, out.
 
 circuit     circuits as data, and what every intervention on them must give
 decoder     the same circuits written into real Qwen2-Audio and Voxtral models
