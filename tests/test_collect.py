@@ -127,7 +127,7 @@ print(float(tree["runs/voxtral/gender/layer"].recovery_rate.sel(layer=4).mean())
     ("overrides", "facts", "reason"),
     [
         (("data.limit=7",), {}, "data.limit differs: 6 in "),
-        (("data.limit=6", "prompt.order=shuffled"), {}, 'prompt.order differs: "fixed" in '),
+        (("data.limit=6", "prompt.order=shuffled"), {}, "prompt.order differs: fixed in "),
         (("data.limit=6",), {"lalm_patch": "0.0.9"}, "lalm_patch differs: "),
         (("data.limit=6",), {"version of torch": "1.0"}, "version of torch differs: "),
         (("data.limit=6",), {"git_revision": "abc"}, "git_revision differs: "),
@@ -221,4 +221,22 @@ def test_nothing_to_collect(tmp_path: Path) -> None:
         collect(tmp_path)
     write(tmp_path, finished=False)
     with pytest.raises(DataError, match="no finished run to collect, but 1 stopped"):
+        collect(tmp_path)
+
+
+def test_names_are_what_they_are_in_every_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stored settings are JSON, with escapes; what is shown and selected is the text."""
+    name, question = "性别", 'Who is "it"?'
+    write(tmp_path, f"attr.name='{name}'", f"attr.question='{question}'")
+    write(tmp_path, f"attr.name='{name}'", "attr.question='谁在说话'")
+    main([str(tmp_path), "--by", "attr.question"])
+    tree = xr.open_datatree(tmp_path / "collected.nc")
+    summary = tree["summary"].to_dataset()
+    assert summary.sel(attribute=name).sizes["attr.question"] == 2
+    assert set(summary["attr.question"].values) == {question, "谁在说话"}
+    assert summary["n_kept"].sel({"attribute": name, "model": "demo", "attr.question": question}).item() == 4
+    assert name in tree.attrs["runs"]
+    assert list(tree["runs/demo"].children) == [name]
+    assert len(collect(tmp_path, where=[f"attr.name={name}", f"attr.question={question}"])["runs"].leaves) == 1
+    with pytest.raises(DataError, match=r"attr\.question differs between runs of 性别: .*谁在说话"):
         collect(tmp_path)

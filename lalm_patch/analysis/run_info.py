@@ -155,7 +155,7 @@ def _flattened(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{before}{key}.")
         else:
-            yield before + key, value if isinstance(value, str) else json.dumps(value)
+            yield before + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def planted_window(dataset: xr.Dataset) -> tuple[int, int] | None:

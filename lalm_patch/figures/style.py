@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from lalm_patch.analysis.paper import ALL_MODELS
 from lalm_patch.storage.journal import replace_file, storage_error
@@ -40,8 +41,37 @@ ATTRIBUTES = ("animal", "emotion", "gender", "language")
 # The models of the paper look the same in every figure: Wong's colour-blind safe colours, and marks for print.
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
+FONT = "DejaVu Sans"
+"""Comes with matplotlib: the same picture on every machine, for all text that it has."""
+
+FALLBACKS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "Noto Sans CJK TC",
+    "Noto Sans SC",
+    "Noto Sans JP",
+    "Noto Sans KR",
+    "Source Han Sans SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "NanumGothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Microsoft YaHei",
+    "SimHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
+"""Fonts with Chinese, Japanese or Korean text, common on Linux, macOS and Windows; those installed are used where the
+first one lacks a character."""
+
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.linewidth": 0.8,
@@ -54,7 +84,7 @@ def styled() -> AbstractContextManager[None]:
     """Context in which figures are drawn: the style on matplotlib's defaults, so that a user's matplotlibrc does not
     change the picture. Without what names the backend: a context would not put that back."""
     own = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-    return matplotlib.rc_context(own | _STYLE)
+    return matplotlib.rc_context(own | _STYLE | {"font.family": list(_fonts())})
 
 
 def looks(models: Iterable[str]) -> dict[str, tuple[Any, str]]:
@@ -71,13 +101,13 @@ def in_order(attributes: Iterable[str]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    r"""`text` with everything made visible that would not be: blanks as `␣`, newlines as `\n`, and characters that the
-    figures' font lacks by their number (`\ud55c`)."""
+    r"""`text` with everything made visible that would not be: blanks as `␣`, newlines as `\n`, and characters that none
+    of the figures' fonts has by their number (`\ud55c`)."""
     glyphs = _glyphs()
     return "".join(_visible(character, glyphs) for character in text)
 
 
-def _visible(character: str, glyphs: set[int]) -> str:
+def _visible(character: str, glyphs: Set[int]) -> str:
     if character in "\n\r\t\\":
         return {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}[character]
     if character == " ":
@@ -89,8 +119,21 @@ def _visible(character: str, glyphs: set[int]) -> str:
     return character
 
 
-def _glyphs() -> set[int]:
-    return set(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+def _fonts() -> tuple[str, ...]:
+    """The figures' font, and the installed ones that are asked for characters it lacks."""
+    installed = {entry.name for entry in fontManager.ttflist}
+    return (FONT, *(name for name in FALLBACKS if name in installed))
+
+
+def _glyphs() -> Set[int]:
+    return _glyphs_of(_fonts())
+
+
+@functools.cache
+def _glyphs_of(fonts: tuple[str, ...]) -> Set[int]:
+    """Characters that some of these fonts have."""
+    files = (findfont(FontProperties(family=name), fallback_to_default=False) for name in fonts)
+    return frozenset().union(*(get_font(file).get_charmap() for file in files))
 
 
 def words(text: str) -> str:

@@ -163,7 +163,7 @@ def _run(found: CollectedRun) -> dict[str, Any]:
         },
         "checks": from_json(str(run.attrs.get("checks", "[]"))),
         "command": str(run.attrs.get("command", "")),
-        "settings": json.dumps(run_settings(run), indent=1),
+        "settings": json.dumps(run_settings(run), indent=1, ensure_ascii=False),
         "provenance": {key: str(value) for key, value in run.attrs.items() if key not in SHOWN_APART},
         "picture": _embedded(picture),
     }

@@ -211,6 +211,8 @@ def _about_model(tracer: Tracer) -> dict[str, Any]:
         **tracer.about,
         "prompt_layout": tracer.layout,
         "prompt_as_sent": tracer.example_prompt,
-        "target_token_ids": json.dumps(dict(zip(tracer.attribute.options, tracer.option_ids, strict=True))),
+        "target_token_ids": json.dumps(
+            dict(zip(tracer.attribute.options, tracer.option_ids, strict=True)), ensure_ascii=False
+        ),
         **({} if planted is None else {"planted_attention_layers": json.dumps(list(planted))}),
     }

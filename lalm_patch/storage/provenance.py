@@ -62,6 +62,19 @@ def flat_settings(settings: RunSettings) -> dict[str, str]:
     return flat
 
 
+def readable(value: str) -> str:
+    """A setting of a run's identity as one would write it: text as it is, anything else as JSON.
+
+    Args:
+        value: JSON text as in `flat_settings`; what is no JSON (a checksum, a version) stays.
+    """
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
 def _absolute(value: Any) -> Any:
     if isinstance(value, str) and Path(value).expanduser().is_dir():
         return str(Path(value).expanduser().resolve())
@@ -92,7 +105,7 @@ def describe(settings: RunSettings, command: str) -> dict[str, Any]:
         "direction": settings.direction.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "settings": json.dumps(asdict(replace(settings, shard=None)), sort_keys=True),
+        "settings": json.dumps(asdict(replace(settings, shard=None)), sort_keys=True, ensure_ascii=False),
         "lalm_patch_version": package_version(),
         "git_revision": git_revision(),
         "versions": json.dumps({"python": platform.python_version(), **library_versions()}),

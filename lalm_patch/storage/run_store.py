@@ -37,6 +37,7 @@ from lalm_patch.storage.journal import (
     write_file,
 )
 from lalm_patch.storage.netcdf import clean_text, from_bytes, sanitise, to_bytes
+from lalm_patch.storage.provenance import readable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -355,7 +356,7 @@ def _load(path: Path, receipt: Mapping[str, Any]) -> xr.Dataset:
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
     parts = []
     for key in sorted(found.keys() | wanted.keys()):
-        old, new = (repr(side[key]) if key in side else "nothing" for side in (found, wanted))
+        old, new = (repr(readable(side[key])) if key in side else "nothing" for side in (found, wanted))
         if old != new:
             parts.append(f"{key}: {old} there, {new} now")
     return "; ".join(parts)

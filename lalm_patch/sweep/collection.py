@@ -33,9 +33,10 @@ from lalm_patch.checks import from_json
 from lalm_patch.errors import DataError, LalmPatchError, StoreError
 from lalm_patch.storage.journal import replace_file, storage_error
 from lalm_patch.storage.netcdf import sanitise
-from lalm_patch.storage.run_store import JOURNAL, RECEIPT, open_result
+from lalm_patch.storage.provenance import readable
+from lalm_patch.storage.run_store import JOURNAL, RECEIPT
 from lalm_patch.storage.shards import SHARDS
-from lalm_patch.sweep.runs import ERROR, RunStatus, State, status
+from lalm_patch.sweep.runs import ERROR, RunStatus, State, read_result
 
 FILE = "collected.nc"
 
@@ -73,7 +74,7 @@ class CollectedRun:
     def place(self, by: Sequence[str] = ()) -> tuple[str, ...]:
         """Model, attribute and granularity by their names, then the values of further settings as text."""
         assert self.identity is not None
-        texts = (self.identity[key].removeprefix('"').removesuffix('"') for key in (*NAMES, *by))
+        texts = (readable(self.identity[key]) for key in (*NAMES, *by))
         return tuple(text.replace("/", "_") for text in texts)  # a slash would be a level of the tree
 
 
@@ -118,13 +119,9 @@ def _run_folders(root: Path) -> Iterable[Path]:
 
 
 def _read(folder: Path) -> CollectedRun:
-    found = status(folder)
-    if found.state is not State.FINISHED:
+    found, dataset = read_result(folder)
+    if dataset is None:
         return CollectedRun(found)
-    try:
-        dataset = open_result(folder)
-    except StoreError as error:
-        return CollectedRun(RunStatus(folder, State.DAMAGED, note=str(error)))
     return CollectedRun(found, identity=json.loads(dataset.attrs["run_identity"])).showing(dataset)
 
 
@@ -143,7 +140,7 @@ def _matching(runs: Sequence[CollectedRun], where: Sequence[str]) -> list[Collec
         run
         for run in runs
         if run.identity is None
-        or all(run.identity.get(key) in (value, json.dumps(value)) for key, value in wanted.items())
+        or all(value in (run.identity.get(key), readable(run.identity.get(key, ""))) for key, value in wanted.items())
     ]
 
 
@@ -190,7 +187,7 @@ def incomparable(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Se
             for run in group:
                 values[_facts(run).get(key, "nothing")].append(run.status.folder.name)
             if len(values) > 1:
-                sides = "; ".join(f"{value[:80]} in {_some(names)}" for value, names in values.items())
+                sides = "; ".join(f"{readable(value)[:80]} in {_some(names)}" for value, names in values.items())
                 reasons.append(f"{key} differs{owner}: {sides}")
 
     def common(key: str) -> bool:
@@ -233,15 +230,15 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 def _root(finished: Sequence[CollectedRun], runs: Sequence[CollectedRun], by: Sequence[str]) -> xr.Dataset:
     facts = [_facts(run) for run in finished]
-    common = {key: value for key, value in facts[0].items() if all(other.get(key) == value for other in facts)}
+    common = {key: readable(value) for key, value in facts[0].items() if all(f.get(key) == value for f in facts)}
     left_out = {run.status.folder.name: str(run.status.state) for run in runs if run.dataset is None}
     receipts = {"/".join(run.place(by)): run.status.folder.name for run in finished}
     return xr.Dataset(
         attrs={
             "title": f"Causal tracing, {len(finished)} runs",
-            "runs": json.dumps(receipts),
+            "runs": json.dumps(receipts, ensure_ascii=False),
             "runs_left_out": json.dumps(left_out),
-            "in_common": json.dumps(common),
+            "in_common": json.dumps(common, ensure_ascii=False),
         }
     )
 

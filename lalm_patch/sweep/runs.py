@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-
-import xarray as xr
+from typing import TYPE_CHECKING
 
 from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.settings import CHOICES
 from lalm_patch.storage.journal import replace_file, snapshot
-from lalm_patch.storage.run_store import JOURNAL, RECEIPT, RESULT, read_receipt
+from lalm_patch.storage.run_store import JOURNAL, RECEIPT, RESULT, open_result, read_receipt
 from lalm_patch.storage.shards import is_complete, run_folder_of, shard_folders
 from lalm_patch.terminal import as_typed, command_line
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,20 @@ def status(folder: Path) -> RunStatus:
     return RunStatus(folder, State.STOPPED if began else State.MISSING, len(stored))
 
 
+def read_result(folder: Path) -> tuple[RunStatus, xr.Dataset | None]:
+    """How the run or the shard in `folder` stands, and its dataset if the run is finished; the checksum is verified.
+
+    Whoever reads results of several runs reads them here: what is damaged is named, and the others are read.
+    """
+    found = status(folder)
+    if found.state is not State.FINISHED:
+        return found, None
+    try:
+        return found, open_result(run_folder_of(folder))
+    except StoreError as error:
+        return RunStatus(folder, State.DAMAGED, found.samples, str(error)), None
+
+
 @contextlib.contextmanager
 def failure_recorded(folder: Path, command: str) -> Iterator[None]:
     """Leave the traceback of what is raised inside in the folder's `error.txt`; remove one of an earlier attempt.
@@ -138,18 +154,20 @@ class SweepRun:
 
 def sweep_summary(runs: Sequence[SweepRun]) -> tuple[str, bool]:
     """The page of text a sweep ends with, and whether every run is done."""
-    rows = [(run, status(run.folder)) for run in runs]
-    counts = Counter(state.state for _, state in rows)
-    before = sum(run.before for run, _ in rows)
+    rows = [(run, *read_result(run.folder)) for run in runs]
+    counts = Counter(state.state for _, state, _ in rows)
+    before = sum(run.before for run, state, _ in rows if state.state is State.FINISHED)
     parts = [f"{count} {state}" for state, count in counts.items() if state is not State.FINISHED]
     heading = f"sweep    {counts[State.FINISHED]} of {len(rows)} runs finished"
     heading += f" ({before} of them before)" if before else ""
     lines = ["", "; ".join([heading, *parts])]
-    names = [" ".join(run.overrides) or "(defaults)" for run, _ in rows]
+    names = [" ".join(run.overrides) or "(defaults)" for run in runs]
     width = min(max(map(len, names), default=0), 60)
-    for name, (run, state) in zip(names, rows, strict=True):
-        lines.append(f"         {name:<{width}}  {state.state:<10}  {_detail(run, state)}")
-    undone = [run for run, state in rows if state.state not in DONE]
+    for name, (run, state, dataset) in zip(names, rows, strict=True):
+        lines.append(f"         {name:<{width}}  {state.state:<10}  {_detail(run, state, dataset)}")
+    damaged = [state for _, state, _ in rows if state.state is State.DAMAGED]
+    lines += [f"{'damaged' if i == 0 else '':<9}{state.note}" for i, state in enumerate(damaged)]
+    undone = [run for run, state, _ in rows if state.state not in DONE]
     lines += [f"{'redo' if i == 0 else '':<9}{run.command}" for i, run in enumerate(undone)]
     if undone:
         lines.append("         or all of these: the same command again leaves out what is finished")
@@ -167,14 +185,13 @@ def _varied(overrides: Sequence[Sequence[str]]) -> list[str]:
     return [f"{key}.name" if f"{key}.name" in CHOICES else key for key in differ]
 
 
-def _detail(run: SweepRun, state: RunStatus) -> str:
+def _detail(run: SweepRun, state: RunStatus, dataset: xr.Dataset | None) -> str:
     where = as_typed(run.folder)
-    if state.state is State.FINISHED:
-        with xr.open_dataset(run_folder_of(run.folder) / RESULT) as dataset:
-            attributes = dataset.attrs
-            return f"{attributes['n_kept']} of {attributes['n_samples']} samples count  {where}"
+    if dataset is not None:
+        return f"{dataset.attrs['n_kept']} of {dataset.attrs['n_samples']} samples count  {where}"
     stored = f"{state.samples} samples stored"
-    return "  ".join(part for part in (stored, where, _cut(state.note)) if part)
+    note = "" if state.state is State.DAMAGED else _cut(state.note)  # what is damaged is said below, in full
+    return "  ".join(part for part in (stored, where, note) if part)
 
 
 def _root(runs: Sequence[SweepRun]) -> str:

@@ -116,7 +116,7 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
         f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on "
         f"{device_name(settings.model)})",
         "checks   " + "\n         ".join(f"{name}: {STATEMENTS[name]}" for name in STATEMENTS),
-        "settings " + json.dumps(asdict(settings)),
+        "settings " + json.dumps(asdict(settings), ensure_ascii=False),
         "Nothing was run. Leave out dry_run=true to run it.",
     ]
     return "\n".join(["", *lines])
