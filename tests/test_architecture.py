@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -73,3 +74,19 @@ def test_every_room_says_what_goes_in_and_out() -> None:
     for path in packages:
         first = path.read_text(encoding="utf-8").split('"""')[1].strip().splitlines()[0]
         assert len(first) > 30, path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["attr=nonsense"], ["--cfg", "job"]], ids=lambda given: given[0])
+def test_what_needs_no_model_does_not_wait_for_one(arguments: list[str], tmp_path: Path) -> None:
+    """Torch and transformers take seconds to import, xarray half of one."""
+    program = (
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'nnsight', 'xarray', 'matplotlib'}\n"
+        "atexit.register(lambda: print('loaded:', sorted(heavy & set(sys.modules))))\n"
+        "runpy.run_module('lalm_patch', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if arguments == ["attr=nonsense"] else 0), done.stderr
+    assert "loaded: []" in done.stdout, done.stdout[-300:]
