@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import signal
 
 from lalm_patch.errors import AudioError, ConfigError
-from lalm_patch.stimuli import CORRUPTIONS, SAMPLING_RATE, corrupt, read_audio, silence
+from lalm_patch.stimuli import CORRUPTIONS, SAMPLING_RATE, corrupt, read_audio, read_clip, silence
 
 COUNT = 3_200  # samples: 0.2 s
 RAMP = [(37 * k) % 60_001 - 30_000 for k in range(COUNT)]
@@ -176,32 +176,64 @@ def nan_at(position: int) -> bytes:
     return wav(floats(values), bits=32, tag=3)
 
 
+def short_riff(body: bytes, behind: bytes) -> bytes:
+    """Bytes behind a WAV that is whole without them."""
+    return wav(body) + behind
+
+
+STREAMED = wav(pcm16(RAMP), declared=0xFFFFFFFF)
+
+REPAIRED: dict[str, tuple[bytes, str]] = {
+    "bytes behind": (short_riff(pcm16(RAMP), b"\1\2\3\4\5\6\7\x08\t"), "9 bytes behind the end of the WAV"),
+    "bytes behind a chunk": (wav(pcm16(RAMP), after=chunk(b"LIST", b"abcd")) + bytes(12), "12 bytes behind the end"),
+    "streamed": (STREAMED, "leaves the length open"),
+    "streamed, both sizes open": (with_bytes(STREAMED, 4, b"\xff" * 4), "leaves the length open"),
+    "streamed rf64": (wav(pcm16(RAMP), declared=0xFFFFFFFF, magic=b"RF64"), "leaves the length open"),
+    "streamed rifx": (wav(pcm16(RAMP, ">"), declared=0xFFFFFFFF, magic=b"RIFX"), "leaves the length open"),
+    "block align 0": (with_bytes(WHOLE, 32, b"\0\0"), "0 bytes per frame were ignored: it is 2 and 32000"),
+    "nothing about bytes": (with_bytes(WHOLE, 28, bytes(6)), "0 bytes per frame were ignored"),
+    "frame size changed": (with_bytes(WHOLE, 32, b"\x04\0"), "4 bytes per frame were ignored"),
+    "byte rate changed": (with_bytes(WHOLE, 28, struct.pack("<I", 1)), "1 bytes per second were ignored"),
+}
+"""Files whose samples are all there, and what is noted."""
+
+
+@pytest.mark.parametrize("case", REPAIRED)
+def test_what_is_wrong_beside_the_samples_is_put_right_and_noted(case: str) -> None:
+    data, noted = REPAIRED[case]
+    clip = read_clip(data, "clip")
+    np.testing.assert_array_equal(clip.waveform, EXPECTED)
+    assert len(clip.notes) == 1
+    assert noted in clip.notes[0]
+
+
+def test_a_sound_file_has_nothing_to_note() -> None:
+    assert read_clip(WHOLE, "clip").notes == ()
+    assert read_clip(WHOLE_FLAC, "clip").notes == ()
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "no bytes": (b"", "empty one"),
     "text": (b"<!DOCTYPE html><html>", "starts with b'<!DOCTYPE ht'"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-    "other container": (b"OggS" + bytes(100), "ffmpeg"),
+    "other container": (b"\0\0\0\x18ftypM4A " + bytes(100), "WAV, FLAC, MP3 or Ogg file, .*ffmpeg"),
     "header only": (wav(b""), "no samples"),
     "no data chunk": (WHOLE[:36], "`data` chunk, found none"),
-    "no fmt chunk": (b"RIFF\x0c\0\0\0WAVE" + chunk(b"data", pcm16(RAMP)), "decodes to its end"),
+    "no fmt chunk": (b"RIFF\x0c\0\0\0WAVE" + chunk(b"data", pcm16(RAMP)), "`fmt` chunk, found none"),
     "truncated": (WHOLE[:3_000], "expected 6400 bytes .* got 2956: .*truncated"),
     "declares too much": (wav(pcm16(RAMP), declared=64_000), "expected 64000 bytes .* got 6400"),
     "declares too little": (wav(pcm16(RAMP), declared=4_000), "expected 4000 bytes .* got 2400 further bytes"),
     "declares nothing": (wav(pcm16(RAMP), declared=0), "expected 0 bytes .* streaming encoder"),
-    "placeholder size": (wav(pcm16(RAMP), declared=0xFFFFFFFF), "0xFFFFFFFF of a streaming encoder before 6400"),
+    "placeholder size, cut": (wav(pcm16(RAMP), declared=0xFFFFFFFF)[:-1], "whole frames of 2 bytes, got 6399 .*cut"),
+    "more behind than in it": (short_riff(pcm16(RAMP[:1_600]), bytes(3_300)), "3200 bytes .* got 3300 further bytes"),
     "rf64 truncated": (rf64(9_000), "expected 9000 bytes .* got 6400"),
     "rf64 too little": (rf64(4_000), "got 2400 further bytes"),
-    "rf64 without ds64": (wav(pcm16(RAMP), declared=0xFFFFFFFF, magic=b"RF64"), "streaming encoder"),
     "rf64 of two minds": (rf64(4_000, short=2 * COUNT), "expected 3200 samples per channel as declared, decoded 2000"),
     "one stray byte": (wav(pcm16(RAMP), after=b"\0" + chunk(b"LIST", b"abcd")), "got 13 further bytes"),
-    "8 bit of 2 bytes": (with_bytes(WHOLE, 34, b"\x08\0"), "1 bytes per frame .* PCM_U8 .* got 2 and 32000"),
-    "frame size changed": (with_bytes(WHOLE, 32, b"\x04\0"), "2 bytes per frame .* got 4 and 32000"),
-    "rate changed": (
-        with_bytes(WHOLE, 24, struct.pack("<I", 8_000)),
-        "16000 per second .* at 8000 Hz, got 2 and 32000",
-    ),
+    "8 bit of 2 bytes": (with_bytes(WHOLE, 34, b"\x08\0"), "1 bytes per frame .* 8 bits in 1 .* got 2 and 32000"),
+    "twice the frame": (with_bytes(WHOLE, 28, struct.pack("<IH", 64_000, 4)), "2 bytes per frame .* got 4 and 64000"),
     "half a frame": (wav(pcm16(RAMP * 2)[:-2], channels=2), "whole frames of 4 bytes, got 12798"),
-    "rate 0": (wav(pcm16(RAMP), rate=0), "decodes to its end"),
+    "rate 0": (wav(pcm16(RAMP), rate=0), "expected a sampling rate, its header declares 0 Hz"),
     "rate too low": (wav(pcm16(RAMP), rate=1_000), "declares 1000 Hz"),
     "rate too high": (wav(pcm16(RAMP), rate=1_000_000), "declares 1000000 Hz"),
     "too short": (wav(pcm16(RAMP[:1_599])), r"at least 0\.1 s of audio, got 0\.0999 s \(1599 samples\)"),
@@ -241,7 +273,7 @@ def test_flac_without_a_digest_is_read() -> None:
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match=r"^dog4: expected an audio file at .*absent\.wav, found none; restore"):
         read_audio(tmp_path / "absent.wav", "dog4")
-    with pytest.raises(AudioError, match=r"^dog4: expected a readable audio file at .*, got '.+'; check"):
+    with pytest.raises(AudioError, match=r"^dog4: expected an audio file at .*, got a folder of that name; put"):
         read_audio(tmp_path, "dog4")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lalm_patch.stimuli.audio import MAX_SECONDS, SAMPLING_RATE, Waveform, read_audio
+from lalm_patch.stimuli.audio import MAX_SECONDS, SAMPLING_RATE, Clip, Waveform, read_audio, read_clip
 from lalm_patch.stimuli.corruption import CORRUPTIONS, corrupt, silence
 from lalm_patch.stimuli.demo import load_demo
 from lalm_patch.stimuli.partners import Partners, fitted
@@ -14,6 +14,7 @@ __all__ = [
     "MAX_SECONDS",
     "SAMPLING_RATE",
     "Attribute",
+    "Clip",
     "Partners",
     "Prompt",
     "PromptPart",
@@ -27,5 +28,6 @@ __all__ = [
     "load_demo",
     "load_sakura",
     "read_audio",
+    "read_clip",
     "silence",
 ]
