@@ -30,7 +30,15 @@ class DataError(LalmPatchError):
 
 
 class AudioError(DataError):
-    """A clip that must not be used. The message starts with the clip's name."""
+    """A clip that must not be used. The message starts with the clip's name.
+
+    Attributes:
+        kind: what is wrong in a word or two, for counts: `truncated`, `too long`.
+    """
+
+    def __init__(self, message: str, kind: str = "unusable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ModelError(LalmPatchError):

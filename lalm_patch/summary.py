@@ -55,6 +55,15 @@ def summary(dataset: xr.Dataset, files: Sequence[Path], recovery: xr.Dataset | N
     return "\n".join(lines)
 
 
+def _repaired(dataset: xr.Dataset) -> list[str]:
+    """How many files were not as they should be, and were read all the same."""
+    found = [str(text) for text in dataset["repaired"].values] if "repaired" in dataset else []
+    notes = [text for text in found if text]
+    if not notes:
+        return []
+    return [f"repaired {len(notes)} of {len(found)} clips (each says how, in `repaired`), for example: {notes[0]}"]
+
+
 def _samples(dataset: xr.Dataset) -> list[str]:
     table = exclusion_table(dataset)
     counts = {str(reason): int(table.sel(reason=reason).sum()) for reason in table["reason"].values}
@@ -69,6 +78,7 @@ def _samples(dataset: xr.Dataset) -> list[str]:
     lines.append(
         f"right    clean {right.clean:.0%}, corrupted {right.corrupted:.0%}, chance {right.chance:.0%} (n={right.n})"
     )
+    lines += _repaired(dataset)
     labels = dataset["label"].values.astype(str)
     width = max(len(str(label)) for label in table["label"].values)
     lines.append(f"         {'class':<{width}}     n  clean right  corrupted right  count")

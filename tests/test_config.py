@@ -35,7 +35,6 @@ CHANGES = (
     "engine=direct",
     "data.limit=3",
     "data.seed=1",
-    "data.bad_clips=exclude",
     "prompt.order=shuffled",
     "prompt.target=bare",
     "prompt.correct=vocabulary",

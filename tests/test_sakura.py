@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lalm_patch.errors import AudioError, ConfigError, DataError
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, demo, load_demo, load_sakura
-from lalm_patch.stimuli.sakura import balanced_part
+from lalm_patch.stimuli.looks import balanced_part
 
 GENDER = Attribute("gender", "Who speaks?", ("male", "female"), "The speaker is", "Gender")
 COLUMNS = ("file", "attribute_label", "single_instruction", "single_answer", "multi_instruction", "multi_answer")
@@ -148,10 +148,13 @@ def test_what_is_missing_on_disk_is_named(corpus: Path) -> None:
     emotion = Attribute("emotion", "What?", ("sad", "happy"), "It is", "Emotion")
     with pytest.raises(DataError, match=r"^data\.root: expected .*Emotion .* point it at the folder"):
         load_sakura(emotion, corpus)
-    for file, _ in ROWS[2:4]:
-        (folder / "audio" / file).unlink()
-    with pytest.raises(DataError, match=r"audio: expected the 12 clips .*, 2 of them are missing, first f2\.wav"):
-        load_sakura(GENDER, corpus)
+    (folder / "audio" / ROWS[2][0]).unlink()
+    (folder / "audio" / ROWS[3][0]).unlink()
+    (folder / "audio" / ROWS[3][0]).mkdir()
+    errors = {record.id: error for record, error in check_records(load_sakura(GENDER, corpus))}
+    assert list(errors) == [ROWS[2][0], ROWS[3][0]]
+    assert "found none; restore it" in str(errors[ROWS[2][0]])
+    assert "got a folder of that name" in str(errors[ROWS[3][0]])
     (folder / "audio").rename(folder / "clips")
     with pytest.raises(DataError, match=r"Gender: expected a folder 'audio' beside metadata\.csv"):
         load_sakura(GENDER, corpus)

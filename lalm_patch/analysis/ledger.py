@@ -78,26 +78,35 @@ def is_right(dataset: xr.Dataset, run: str) -> NDArray[np.bool_]:
 
 
 def lost_classes(dataset: xr.Dataset) -> list[str]:
-    """Sentences on classes of which no clip counts because the corrupted run names them: a finding of the filter."""
+    """Sentences on classes of which no clip counts: because the corrupted run names them, or no clip could be used."""
     table = exclusion_table(dataset)
-    reason = str(Exclusion.CORRUPTED_RIGHT)
-    if reason not in table["reason"].values:
-        return []
-    lost = [
-        str(label)
+    counts = {
+        str(label): {str(reason): int(table.sel(label=label, reason=reason)) for reason in table["reason"].values}
         for label in table["label"].values
-        if not int(table.sel(label=label, reason=KEPT)) and int(table.sel(label=label, reason=reason))
+    }
+    favourite, unheard = str(Exclusion.CORRUPTED_RIGHT), (str(Exclusion.UNREADABLE), str(Exclusion.SILENT))
+    lost = [label for label, of_class in counts.items() if not of_class[KEPT] and of_class.get(favourite)]
+    sentences = []
+    if lost:
+        corruption = about(dataset).corruption
+        why = f"The model's favourite answer to {corruption} removes a whole class"
+        if corruption == "silence":
+            why = (
+                "With silence and a fixed prompt the corrupted run is the same for every clip of one length, so its "
+                "answer can remove a whole class"
+            )
+        sentences.append(f"{why}: no clip of {', '.join(lost)} counts.")
+    emptied = [
+        label
+        for label, of_class in counts.items()
+        if sum(of_class.values()) and sum(of_class.values()) == sum(of_class.get(reason, 0) for reason in unheard)
     ]
-    if not lost:
-        return []
-    corruption = about(dataset).corruption
-    why = f"The model's favourite answer to {corruption} removes a whole class"
-    if corruption == "silence":
-        why = (
-            "With silence and a fixed prompt the corrupted run is the same for every clip of one length, so its answer "
-            "can remove a whole class"
+    if emptied:
+        sentences.append(
+            f"No clip of {', '.join(emptied)} could be used; chance is that of guessing among all "
+            f"{dataset.sizes['option']} options, as the model is asked."
         )
-    return [f"{why}: no clip of {', '.join(lost)} counts."]
+    return sentences
 
 
 def why_none_counts(dataset: xr.Dataset) -> str:

@@ -271,6 +271,9 @@ def _token_variables(samples: Sequence[SampleRecord], length: int) -> dict[str, 
         return np.array([sample.meta[key] for sample in samples], np.int64)
 
     seconds = numbers("samples") / SAMPLING_RATE
+    unknown = np.full(2, np.nan, np.float32)  # of runs made before it was stored
+    loudness = np.array([sample.arrays.get("loudness", unknown) for sample in samples], np.float32).reshape(-1, 2)
+    repaired = np.array(["; ".join(sample.meta.get("repaired", [])) for sample in samples], object)
     first = numbers("first_text_position")
     return {
         "token_text": _variable(
@@ -278,6 +281,9 @@ def _token_variables(samples: Sequence[SampleRecord], length: int) -> dict[str, 
         ),
         "token_role": _variable(("sample", "token"), padded("token_roles"), "role of the token; empty past the last"),
         "duration": _variable("sample", seconds.astype(np.float32), "length of the clip", "s"),
+        "level": _variable("sample", loudness[:, 0], "root mean square of the clip; -inf for digital silence", "dBFS"),
+        "peak": _variable("sample", loudness[:, 1], "largest sample of the clip; -inf for digital silence", "dBFS"),
+        "repaired": _variable("sample", repaired, "what was repaired or ignored in the clip's file; else empty"),
         "positions": _variable("sample", numbers("positions"), "positions of the whole prompt, audio included"),
         "audio_positions": _variable("sample", numbers("audio_positions"), "audio embeddings in the prompt"),
         "first_text_position": _variable("sample", first, "position of the first token after the audio"),

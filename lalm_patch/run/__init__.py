@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from lalm_patch.config import compose
 from lalm_patch.errors import DataError
-from lalm_patch.run.plan import attribute_of, check_backend, load_records, plan_run
+from lalm_patch.run.plan import RunPlan, attribute_of, check_backend, left_out, load_records, plan_run
 from lalm_patch.run.show import RunOutcome, show
 from lalm_patch.run.work import complete, complete_shard
 from lalm_patch.settings import RunSettings
-from lalm_patch.stimuli import Record
 from lalm_patch.storage.shards import Shard
 from lalm_patch.terminal import command_line
 
@@ -57,16 +57,22 @@ def run_identity(settings: RunSettings) -> dict[str, str]:
 def dry_run(settings: RunSettings) -> str:
     """What `run` would do; needs no weights, and neither clips nor network where the model's small files are here.
 
+    Clips that are there are looked at as the run would.
+
     Raises:
-        LalmPatchError: a setting, model or prompt that the run would refuse, too.
+        LalmPatchError: a setting, model, prompt or clip that the run would refuse, too.
     """
+    from lalm_patch.models import LALM
     from lalm_patch.tracing.dry_run import describe_run
 
     check_backend(settings)
     attribute = attribute_of(settings)
-    records: list[Record] | DataError
     try:
-        records = load_records(settings, attribute)
+        found = tuple(load_records(settings, attribute))
     except DataError as error:
-        records = error
-    return describe_run(settings, attribute, records)
+        return describe_run(settings, attribute, error)
+    plan = RunPlan(settings, attribute, found, identity={})
+    out = left_out(plan, LALM.outline(settings.model).family.max_seconds)
+    reasons = Counter(str(clip.reason) for clip in out.values())
+    note = ", ".join(f"{count} left out: {reason}" for reason, count in reasons.items())
+    return describe_run(settings, attribute, [record for record in found if record.id not in out], note)

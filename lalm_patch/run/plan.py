@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 
 from lalm_patch.errors import AudioError, ConfigError, DataError
 from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.settings import RunSettings
-from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
+from lalm_patch.stimuli import (
+    Attribute,
+    Look,
+    Record,
+    data_fingerprint,
+    grouped,
+    load_demo,
+    load_sakura,
+    look_at,
+    within,
+)
 from lalm_patch.storage.provenance import identity
+from lalm_patch.tracing.metrics import Exclusion
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a clip is not traced."""
+
+    reason: Exclusion
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,11 @@ class RunPlan:
     records: tuple[Record, ...]
     identity: dict[str, str]
 
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """What each clip turns out to be when it is read, by id; every clip is read, once."""
+        return {record.id: look_at(record) for record in self.records}
+
 
 def plan_run(settings: RunSettings) -> RunPlan:
     """Find the clips and the checkpoint that settings name.
@@ -40,7 +68,7 @@ def plan_run(settings: RunSettings) -> RunPlan:
     """
     check_backend(settings)
     attribute = attribute_of(settings)
-    records = tuple(load_records(settings, attribute))
+    records = tuple(grouped(load_records(settings, attribute)))
     checkpoint = find_checkpoint(settings.model, weights=settings.backend.name == "local")
     return RunPlan(settings, attribute, records, identity(settings, data_fingerprint(records), checkpoint.revision))
 
@@ -79,29 +107,68 @@ def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:
     return load_sakura(attribute, data.root, data.limit, data.seed)
 
 
-def unusable(plan: RunPlan, records: Sequence[Record], max_seconds: float | None = None) -> dict[str, str]:
-    """Clips that must not be used, by id, with reasons, found by decoding them and before anything is computed.
+def left_out(plan: RunPlan, max_seconds: float = math.inf) -> dict[str, LeftOut]:
+    """Clips that are not traced, by id, found by reading them and before any weights are.
 
     Args:
         plan: the run.
-        records: those of its clips that are looked at.
-        max_seconds: the longest clip that the model takes, once the model is known.
+        max_seconds: the longest clip that the model takes.
 
     Raises:
-        AudioError: there are some, and `data.bad_clips` is `stop`.
+        AudioError: some cannot be used, all of them named, and `data.bad_clips` is `stop`.
         DataError: none of the run's clips is left.
     """
-    failures = {record.id: str(error) for record, error in check_records(records, max_seconds=max_seconds)}
-    if not failures:
-        return {}
-    if plan.settings.data.bad_clips == "stop":
-        shown = "; ".join(list(failures.values())[:3])
-        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
-        raise AudioError(
-            f"{shown}{more}. To run without {'it' if len(failures) == 1 else 'them'}: data.bad_clips=exclude"
-        )
-    for message in failures.values():
-        log.warning("excluded: %s", message)
-    if len(failures) == len(plan.records):
-        raise DataError("none of the clips can be used; see the reasons above")
-    return failures
+    found: dict[str, LeftOut] = {}
+    errors: dict[str, AudioError] = {}
+    for record in plan.records:
+        look = within(plan.looks[record.id], record, max_seconds, plan.settings.model.name)
+        if look.error is not None:
+            errors[record.id] = look.error
+            found[record.id] = LeftOut(Exclusion.UNREADABLE, _detail(record, look.error))
+        elif not look.sounds:
+            found[record.id] = LeftOut(Exclusion.SILENT, f"its peak is {look.peak:.1f} dB below full scale")
+    if errors and plan.settings.data.bad_clips == "stop":
+        raise AudioError(_all_named(plan, list(errors.values())))
+    _report(plan, errors, silent=len(found) - len(errors))
+    if len(found) == len(plan.records):
+        reasons = sorted({f"{record.id}: {found[record.id].detail}" for record in plan.records})
+        raise DataError(f"none of the {len(reasons)} clips can be used:\n  " + "\n  ".join(reasons))
+    return found
+
+
+def _all_named(plan: RunPlan, errors: Sequence[AudioError]) -> str:
+    if len(errors) == 1:
+        return f"{errors[0]}. To run without it: data.bad_clips=exclude"
+    named = "\n  ".join(str(error) for error in errors)
+    return (
+        f"{len(errors)} of {len(plan.records)} clips cannot be used ({_counted(errors)}):\n  {named}\n"
+        "To run without them: data.bad_clips=exclude"
+    )
+
+
+def _report(plan: RunPlan, errors: Mapping[str, AudioError], silent: int) -> None:
+    """One line for the terminal; the log file names every clip, and so does the dataset."""
+    reasons = _counted(list(errors.values()), silent)
+    if not reasons:
+        return
+    log.warning(
+        "%d of %d clips are left out: %s; each is named in the log and in the result's exclusion_detail",
+        len(errors) + silent,
+        len(plan.records),
+        reasons,
+    )
+    for error in errors.values():
+        log.debug("left out: %s", error)
+
+
+def _counted(errors: Sequence[AudioError], silent: int = 0) -> str:
+    counts = Counter(error.kind for error in errors)
+    if silent:
+        counts["silent"] = silent
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def _detail(record: Record, error: AudioError) -> str:
+    """What is stored with a result, which travels: no path of this machine."""
+    text = str(error).removeprefix(f"{record.name}: ")
+    return text.replace(str(record.source), record.id) if isinstance(record.source, Path) else text

@@ -7,21 +7,22 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.errors import BusyError
 from lalm_patch.results import build_dataset
-from lalm_patch.run.plan import RunPlan, unusable
-from lalm_patch.stimuli import Record
+from lalm_patch.run.plan import LeftOut, RunPlan, left_out
+from lalm_patch.stimuli import Look, Record
 from lalm_patch.storage.provenance import describe
 from lalm_patch.storage.run_store import RunStore, is_finished
 from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.terminal import Progress
-from lalm_patch.tracing.metrics import Exclusion
 
 if TYPE_CHECKING:
     from lalm_patch.tracing import Tracer
@@ -55,39 +56,37 @@ def complete_shard(plan: RunPlan, shard: Shard, folder: Path, command: str) -> x
     Raises:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
-    started, tracer = time.monotonic(), _opened_once(plan)
+    started, opened = time.monotonic(), _opened_once(plan)
     if is_finished(folder, plan.identity):
-        return _complete(plan, folder, command, tracer, started)
+        return _complete(plan, folder, command, opened, started)
     own, shard_folder = shard.select(plan.records), shard.folder(folder)
     with RunStore(shard_folder, plan.identity) as store:
         elsewhere = stored_elsewhere(folder, plan.identity, but=shard_folder)
         todo = [record for record in own if record.id not in elsewhere]
         if {record.id for record in todo} - store.completed():
             spot_checks = shard.share(plan.settings.engine.spot_checks)
-            _trace_missing(plan, store, todo, unusable(plan, todo), spot_checks, tracer())
+            _trace_missing(plan, store, todo, spot_checks, opened())
         mark_complete(shard_folder, plan.identity, len(own))
     stored = stored_elsewhere(folder, plan.identity)
     if missing := sum(record.id not in stored for record in plan.records):
         left = f"{missing} of the run's {len(plan.records)} clips are left to other shards; the last one merges"
     else:
         try:
-            return _complete(plan, folder, command, tracer, started)
+            return _complete(plan, folder, command, opened, started)
         except BusyError as error:
             left = f"not merged here, because {error} It merges, or the same command does later."
     return f"shard {shard.index}/{shard.count}: its {len(own)} clips are stored; {left}"
 
 
-def _complete(plan: RunPlan, folder: Path, command: str, tracer: Callable[[], Tracer], started: float) -> xr.Dataset:
-    # Every clip is decoded for this: not to show a result again.
-    failures = {} if is_finished(folder, plan.identity) else unusable(plan, plan.records)
+def _complete(plan: RunPlan, folder: Path, command: str, opened: Callable[[], _Opened], started: float) -> xr.Dataset:
     with RunStore(folder, plan.identity) as store:
         if store.finished:
             log.info("this run is finished; its result is shown again")
         else:
             if taken := sum(store.absorb(shard) for shard in shard_folders(folder)):
                 log.info("taken over from shards: %d samples", taken)
-            _trace_missing(plan, store, plan.records, failures, plan.settings.engine.spot_checks, tracer())
-            dataset = _dataset(plan, store, tracer(), command)
+            _trace_missing(plan, store, plan.records, plan.settings.engine.spot_checks, opened())
+            dataset = _dataset(plan, store, opened().tracer, command)
             dataset.attrs["seconds_of_last_process"] = round(time.monotonic() - started, 1)
             store.finalise(dataset)
         remove_journals(folder)
@@ -97,16 +96,25 @@ def _complete(plan: RunPlan, folder: Path, command: str, tracer: Callable[[], Tr
 # --- tracing ---------------------------------------------------------------------------------------------------
 
 
-def _opened_once(plan: RunPlan) -> Callable[[], Tracer]:
+@dataclass(frozen=True)
+class _Opened:
+    """The model, proven, and the clips that are not put through it."""
+
+    tracer: Tracer
+    left_out: dict[str, LeftOut]
+
+
+def _opened_once(plan: RunPlan) -> Callable[[], _Opened]:
     """Opens the model when it is first needed: what is stored already needs none."""
-    return functools.cache(functools.partial(_open_tracer, plan))
+    return functools.cache(functools.partial(_open, plan))
 
 
-def _open_tracer(plan: RunPlan) -> Tracer:
-    """The model, proven.
+def _open(plan: RunPlan) -> _Opened:
+    """Look at the clips, then load and prove the model.
 
     Raises:
-        LalmPatchError: the model cannot be opened, or fails a check that the settings do not tolerate.
+        LalmPatchError: clips cannot be used, the model cannot be opened, or it fails a check that the settings do not
+            tolerate.
     """
     import torch
 
@@ -116,24 +124,22 @@ def _open_tracer(plan: RunPlan) -> Tracer:
     settings = plan.settings
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    outline = LALM.outline(settings.model)  # the window is known without weights, which can take long to load
+    out = left_out(plan, outline.family.max_seconds)
+    records = [record for record in plan.records if record.id not in out]
     tracer: Tracer
     if settings.backend.name == "ndif":
         log.info("%s stays on the server; %s clips at most are in flight", settings.model.id, settings.backend.max_jobs)
-        tracer = RemoteTracer(LALM.outline(settings.model), plan.attribute, settings, plan.records)
+        tracer = RemoteTracer(outline, plan.attribute, settings, records)
     else:
         log.info("loading %s (%s)", settings.model.name, settings.model.id)
-        tracer = Tracer(LALM.load(settings.model), plan.attribute, settings, plan.records)
+        tracer = Tracer(LALM.load(settings.model), plan.attribute, settings, records)
     enforce(tracer.checks, settings.on_failed_check)
-    return tracer
+    return _Opened(tracer, out)
 
 
 def _trace_missing(
-    plan: RunPlan,
-    store: RunStore,
-    records: Sequence[Record],
-    failures: dict[str, str],
-    spot_checks: int,
-    tracer: Tracer,
+    plan: RunPlan, store: RunStore, records: Sequence[Record], spot_checks: int, opened: _Opened
 ) -> None:
     """Trace every one of some clips that the store does not have yet.
 
@@ -141,38 +147,41 @@ def _trace_missing(
         plan: the run.
         store: where samples go.
         records: the clips.
-        failures: clips that must not be used, with reasons.
         spot_checks: how many cells of them to compute twice in all.
-        tracer: the model.
+        opened: the model.
     """
-    settings = plan.settings
+    settings, tracer = plan.settings, opened.tracer
     done = store.completed()
     todo = [record for record in records if record.id not in done]
     if done:
         log.info("going on: %d of %d samples are stored already", len(records) - len(todo), len(records))
-    limit = tracer.lalm.family.max_seconds
-    if limit < float("inf"):  # the model's window is only known once the model is there
-        failures = failures | unusable(plan, [record for record in todo if record.id not in failures], limit)
     spot_checked = sum(int(store.sample(id).meta.get("spot_checked_cells", 0)) for id in done)
     title = f"{settings.model.name} {settings.attr.name} {settings.granularity.name}"
     with Progress(len(todo) * tracer.cells_per_sample, title) as progress:
         for record in todo:
-            if record.id in failures:
+            if record.id in opened.left_out:
                 progress.drop(tracer.cells_per_sample)
-                store.add(record.id, {}, _unusable_meta(record, failures[record.id]))
-        usable = [record for record in todo if record.id not in failures]
+                arrays, meta = _heard(plan.looks[record.id])
+                store.add(record.id, arrays, _left_out_meta(record, opened.left_out[record.id]) | meta)
+        usable = [record for record in todo if record.id not in opened.left_out]
         for record, trace in tracer.traces(usable, spot_checks - spot_checked, progress, store.folder):
             enforce([Check(**check) for check in trace.meta.get("checks", [])], settings.on_failed_check)
-            store.add(record.id, trace.arrays, trace.meta)
+            arrays, meta = _heard(plan.looks[record.id])
+            store.add(record.id, trace.arrays | arrays, trace.meta | meta)
 
 
-def _unusable_meta(record: Record, detail: str) -> dict[str, Any]:
-    """A sample's entry when its clip could not be used."""
+def _heard(look: Look) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What is stored of a clip itself: level and peak in dB below full scale, and what was repaired."""
+    return {"loudness": np.array([look.level, look.peak], np.float32)}, {"repaired": list(look.notes)}
+
+
+def _left_out_meta(record: Record, left_out: LeftOut) -> dict[str, Any]:
+    """A sample's entry when its clip was not traced."""
     return {
         "label": record.label,
         "group": record.group,
-        "exclusion": str(Exclusion.UNREADABLE),
-        "detail": detail,
+        "exclusion": str(left_out.reason),
+        "detail": left_out.detail,
         "samples": 0,
         "positions": 0,
         "audio_positions": 0,

@@ -70,7 +70,7 @@ def read_audio(source: Path | bytes, name: str, max_seconds: float | None = MAX_
 
 
 def read_clip(
-    source: Path | bytes, name: str, max_seconds: float | None = MAX_SECONDS, whose: str = "most audio encoders"
+    source: Path | bytes, name: str, max_seconds: float | None = MAX_SECONDS, whose: str = "the reader"
 ) -> Clip:
     """Decode a WAV, FLAC, MP3 or Ogg (Vorbis, Opus) clip to float32 [samples], mono, 16 kHz, full scale 1.0.
 
@@ -97,16 +97,17 @@ def source_bytes(source: Path | bytes, name: str) -> bytes:
         return source.read_bytes()
     except IsADirectoryError as error:
         raise AudioError(
-            f"{name}: expected an audio file at {source}, got a folder of that name; put the clip there"
+            f"{name}: expected an audio file at {source}, got a folder of that name; put the clip there", "missing"
         ) from error
     except FileNotFoundError as error:
         raise AudioError(
-            f"{name}: expected an audio file at {source}, found none; restore it or correct the path"
+            f"{name}: expected an audio file at {source}, found none; restore it or correct the path", "missing"
         ) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise AudioError(
-            f"{name}: expected a readable audio file at {source}, got '{reason}'; check the path and its permissions"
+            f"{name}: expected a readable audio file at {source}, got '{reason}'; check the path and its permissions",
+            "unreadable",
         ) from error
 
 
@@ -120,7 +121,8 @@ def _decode(
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise AudioError(
                     f"{name}: expected a sampling rate of {MIN_RATE} to {MAX_RATE} Hz, its header declares "
-                    f"{rate} Hz; {REWRITE}"
+                    f"{rate} Hz; {REWRITE}",
+                    "wrong header",
                 )
             declared = container.frames(file)
             _check_duration(file.frames / rate, file.frames, name, max_seconds, whose)
@@ -128,28 +130,36 @@ def _decode(
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name}: expected audio that decodes to its end, got '{error.error_string}': "
-            f"the file is truncated or damaged; {REPLACE}"
+            f"the file is truncated or damaged; {REPLACE}",
+            "damaged",
         ) from error
     if len(samples) != declared:
         raise AudioError(
-            f"{name}: expected {declared} samples per channel as declared, decoded {len(samples)}; {REPLACE}"
+            f"{name}: expected {declared} samples per channel as declared, decoded {len(samples)}; {REPLACE}", "damaged"
         )
     return samples, rate
 
 
 def _check_duration(seconds: float, frames: int, name: str, max_seconds: float | None, whose: str) -> None:
     if frames == 0:
-        raise AudioError(f"{name}: expected audio, got a header followed by no samples; {REPLACE}")
+        raise AudioError(f"{name}: expected audio, got a header followed by no samples; {REPLACE}", "no samples")
     if seconds < MIN_SECONDS:
         raise AudioError(
             f"{name}: expected at least {MIN_SECONDS} s of audio, got {seconds:.4f} s ({frames} samples); "
-            "replace it or leave it out of the table"
+            "replace it or leave it out of the table",
+            "too short",
         )
     if max_seconds is not None and seconds > max_seconds:
-        raise AudioError(
-            f"{name}: expected at most {max_seconds:g} s, what {whose} take in one window, got "
-            f"{seconds:.2f} s; clips are never cut silently: cut it yourself, or leave it out of the table"
-        )
+        raise too_long(name, seconds, max_seconds, whose)
+
+
+def too_long(name: str, seconds: float, max_seconds: float, whose: str) -> AudioError:
+    """The error of a clip longer than somebody's window."""
+    return AudioError(
+        f"{name}: expected at most {max_seconds:g} s, what {whose} takes in one window, got {seconds:.2f} s; clips are "
+        "never cut silently: cut it yourself, or leave it out of the table",
+        "too long",
+    )
 
 
 def _check_samples(samples: npt.NDArray[np.float64], name: str) -> None:
@@ -157,11 +167,13 @@ def _check_samples(samples: npt.NDArray[np.float64], name: str) -> None:
     if len(bad):
         raise AudioError(
             f"{name}: expected finite samples, got NaN or infinity in {len(bad)} of {len(samples)}, first at sample "
-            f"{bad[0]}; {REWRITE}"
+            f"{bad[0]}; {REWRITE}",
+            "not finite",
         )
     peak = float(np.abs(samples).max())
     if peak > MAX_PEAK:
         raise AudioError(
             f"{name}: expected samples scaled to -1..1, got a peak of {peak:g}, "
-            "perhaps integers stored as floats; divide them by full scale (32768 for 16-bit) and write it again"
+            "perhaps integers stored as floats; divide them by full scale (32768 for 16-bit) and write it again",
+            "over full scale",
         )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lalm_patch.errors import DataError
 from lalm_patch.stimuli.prompt import Attribute
-from lalm_patch.stimuli.sakura import Record, load_sakura
+from lalm_patch.stimuli.records import Record
+from lalm_patch.stimuli.sakura import load_sakura
 
 DEMO_CORPUS = Path(__file__).resolve().parents[1] / "data" / "demo" / "corpus"
 

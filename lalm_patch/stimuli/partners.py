@@ -10,7 +10,7 @@ import numpy as np
 
 from lalm_patch.errors import AudioError, DataError
 from lalm_patch.stimuli.audio import Waveform
-from lalm_patch.stimuli.sakura import Record
+from lalm_patch.stimuli.records import Record
 
 
 class Partners:

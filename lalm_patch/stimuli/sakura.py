@@ -9,16 +9,16 @@ On the hub the same columns and `audio`, in `SLLM-multi-hop/<Attr>QA`, split `te
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lalm_patch.errors import AudioError, ConfigError, DataError
-from lalm_patch.stimuli.audio import MAX_SECONDS, Waveform, read_audio, source_bytes
+from lalm_patch.errors import ConfigError, DataError
+from lalm_patch.stimuli.looks import usable_part
 from lalm_patch.stimuli.prompt import Attribute
+from lalm_patch.stimuli.records import Record
 
 TABLE = "metadata.csv"
 FILE_COLUMNS = ("file", "file_name")
@@ -28,28 +28,6 @@ SPLIT = "test"
 
 _CREMA_D = re.compile(r"(\d{4})_([A-Z]{3})_(?:ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{1,2}$")
 _COMMON_VOICE = re.compile(r"(common_voice_[A-Za-z-]+_\d+)$")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One clip, not yet read.
-
-    `id` is unique in its corpus and the same on every machine (`dog4.wav`); `label` is one of the attribute's
-    options; `name` says in messages where the clip comes from; `group` is shared by clips that are not independent
-    (the CREMA-D speaker, the Common Voice recording), for clustered statistics, and else the id; `sentence` is what is
-    said, as CREMA-D's file names tell it, and else empty.
-    """
-
-    id: str
-    label: str
-    source: Path | bytes = field(repr=False)
-    name: str
-    group: str
-    sentence: str = ""
-
-    def waveform(self, max_seconds: float | None = MAX_SECONDS) -> Waveform:
-        """float32 [samples], mono, 16 kHz. Raises AudioError, see `read_audio`."""
-        return read_audio(self.source, self.name, max_seconds)
 
 
 @dataclass(frozen=True)
@@ -72,74 +50,30 @@ def load_sakura(
 
     `root` is a copy on disk: the folder that holds `data/`, `data` itself, or one attribute's folder. Without it
     the set is fetched from the hub (`hub_id`, by default SAKURA's own, at `revision`); `hub_id` may also be a local
-    folder that `datasets.load_dataset` opens. `limit` takes a class-balanced part, see `balanced_part`.
+    folder that `datasets.load_dataset` opens. `limit` takes a class-balanced part with so many
+    clips that can be used, see `usable_part`.
 
-    Raises ConfigError for a limit below 1 or two sources at once, and DataError for a folder, table, column, label or
-    file that is missing or wrong. Audio is not read: see `check_records`.
+    Raises ConfigError for a limit below 1 or two sources at once, and DataError for a folder, table, column or label
+    that is missing or wrong. Clips are not looked at beyond what `limit` takes: see `check_records`.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"data.limit: expected a whole number from 1, or none for all clips, got {limit!r}")
-    if root is None:
-        return _hub_records(attribute, hub_id or f"SLLM-multi-hop/{attribute.folder}QA", revision, limit, seed)
-    if hub_id or revision:
+    if root is not None and (hub_id or revision):
         raise ConfigError("data: expected one source, got a folder (data.root) and a hub set; leave one of them empty")
-    return _folder_records(attribute, Path(root).expanduser(), limit, seed)
+    if root is None:
+        records = _hub_records(attribute, hub_id or f"SLLM-multi-hop/{attribute.folder}QA", revision)
+    else:
+        records = _folder_records(attribute, Path(root).expanduser())
+    return records if limit is None else usable_part(records, attribute.options, limit, seed)
 
 
-def balanced_part(labels: Mapping[str, str], options: Sequence[str], limit: int, seed: int) -> set[str]:
-    """Ids of `limit` samples of `labels` (id to label), class counts equal to within one as far as classes reach.
-
-    Classes take turns in the order of `options`; within a class samples come in the order of SHA-256 of `seed:id`.
-    So a smaller part lies inside every larger one, and the order of rows, the machine and the run do not matter.
-    """
-    turns: list[tuple[int, int, str]] = []
-    for position, option in enumerate(options):
-        members = [sample for sample, label in labels.items() if label == option]
-        members.sort(key=lambda sample: (hashlib.sha256(f"{seed}:{sample}".encode()).digest(), sample))
-        turns += [(turn, position, sample) for turn, sample in enumerate(members)]
-    return {sample for _, _, sample in sorted(turns)[:limit]}
-
-
-def check_records(
-    records: Iterable[Record], max_seconds: float | None = MAX_SECONDS
-) -> list[tuple[Record, AudioError]]:
-    """Read every clip once and return those that must not be used, each with its reason; empty if all are good."""
-    failures: list[tuple[Record, AudioError]] = []
-    for record in records:
-        try:
-            record.waveform(max_seconds)
-        except AudioError as error:
-            failures.append((record, error))
-    return failures
-
-
-def data_fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 (hex) over ids, labels and undecoded audio, the same for any order of records and any folder.
-
-    Raises AudioError if a file cannot be opened.
-    """
-    digest = hashlib.sha256()
-    for record in sorted(records, key=lambda record: record.id):
-        for part in (record.id.encode(), record.label.encode(), source_bytes(record.source, record.name)):
-            # The length first: without it ("ab", "c") and ("a", "bc") would be one data set.
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _folder_records(attribute: Attribute, root: Path, limit: int | None, seed: int) -> list[Record]:
+def _folder_records(attribute: Attribute, root: Path) -> list[Record]:
     folder = _attribute_folder(root, attribute.folder)
     table = folder / TABLE
     audio = folder / "audio"
     if not audio.is_dir():
         raise DataError(f"{folder}: expected a folder 'audio' beside {TABLE}, found none; copy the clips there")
-    rows = _selected(_checked_rows(_read_table(table), attribute, str(table)), attribute, limit, seed)
-    missing = [row.id for row in rows if not (audio / row.id).is_file()]
-    if missing:
-        raise DataError(
-            f"{audio}: expected the {len(rows)} clips chosen from {TABLE}, {len(missing)} of them are missing, "
-            f"first {missing[0]}; complete the copy or take their rows out of the table"
-        )
+    rows = _checked_rows(_read_table(table), attribute, str(table))
     return [_record(row, audio / row.id, str(audio / row.id)) for row in rows]
 
 
@@ -235,13 +169,6 @@ def _clip_id(cell: object, where: str) -> str:
     return str(path)
 
 
-def _selected(rows: list[_Row], attribute: Attribute, limit: int | None, seed: int) -> list[_Row]:
-    if limit is None:
-        return rows
-    part = balanced_part({row.id: row.label for row in rows}, attribute.options, limit, seed)
-    return [row for row in rows if row.id in part]
-
-
 def _record(row: _Row, source: Path | bytes, name: str) -> Record:
     crema = _CREMA_D.match(PurePosixPath(row.id).stem)
     return Record(row.id, row.label, source, name, _group(row.id), crema[2] if crema else "")
@@ -256,7 +183,7 @@ def _group(clip: str) -> str:
     return clip
 
 
-def _hub_records(attribute: Attribute, hub_id: str, revision: str | None, limit: int | None, seed: int) -> list[Record]:
+def _hub_records(attribute: Attribute, hub_id: str, revision: str | None) -> list[Record]:
     datasets = _import_datasets()
     table = _fetch(datasets, hub_id, revision)
     where = f"{hub_id} ({SPLIT})"
@@ -266,7 +193,7 @@ def _hub_records(attribute: Attribute, hub_id: str, revision: str | None, limit:
             f"{where}: expected a column '{AUDIO_COLUMN}', got {', '.join(table.column_names)}; choose another hub set"
         )
     cells = zip(table[file_column], table[LABEL_COLUMN], strict=True)
-    rows = _selected(_checked_rows(cells, attribute, where), attribute, limit, seed)
+    rows = _checked_rows(cells, attribute, where)
     # Undecoded: read_audio must see the file itself, not what a decoder made of it.
     clips = table.select([row.number - 1 for row in rows]).cast_column(AUDIO_COLUMN, datasets.Audio(decode=False))
     return [

@@ -59,6 +59,9 @@ def flat_settings(settings: RunSettings) -> dict[str, str]:
             )
 
     walk("", asdict(settings))
+    # What becomes of clips that cannot be used is no part of what is computed of the others. The key stays, so that
+    # runs made when it was one are still found.
+    flat["data.bad_clips"] = json.dumps("stop")
     return flat
 
 

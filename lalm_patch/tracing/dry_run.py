@@ -58,13 +58,16 @@ class Cost:
     backward: int = 0
 
 
-def describe_run(settings: RunSettings, attribute: Attribute, records: list[Record] | DataError) -> str:
+def describe_run(
+    settings: RunSettings, attribute: Attribute, records: list[Record] | DataError, left_out: str = ""
+) -> str:
     """The page that `dry_run=true` prints.
 
     Args:
         settings: the run's settings.
         attribute: what is asked.
-        records: the clips, or why they cannot be had here: then the example is noise.
+        records: the clips that are traced, or why they cannot be had here: then the example is noise.
+        left_out: how many more there are, and why they are not.
 
     Raises:
         LalmPatchError: as the run itself would, where that needs no weights.
@@ -102,7 +105,7 @@ def describe_run(settings: RunSettings, attribute: Attribute, records: list[Reco
     lines = [
         f"model    {settings.model.name}: {lalm.id} ({lalm.commit}), {type(lalm.module).__name__}, {lalm.num_layers} "
         f"decoder layers, prompt layout {layout}",
-        f"data     {clips}",
+        f"data     {clips}" + (f"; {left_out}" if left_out else ""),
         f"example  {example}: {len(tokens)} positions, {len(tokens.audio_positions)} of them audio, "
         f"{len(tokens.text_positions)} after it",
         *_token_lines(tokens),

@@ -22,6 +22,7 @@ class Exclusion(StrEnum):
 
     KEPT = ""
     UNREADABLE = "clip unusable"
+    SILENT = "nothing sounds in the clip"
     CLEAN_WRONG = "clean prediction wrong"
     CORRUPTED_RIGHT = "corrupted prediction right"
     LAYOUT = "clean and corrupted prompt differ in length"

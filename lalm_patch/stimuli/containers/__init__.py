@@ -23,9 +23,12 @@ def open_container(data: bytes, name: str) -> ProvenFile:
         AudioError: no container that is read here, or one that is not complete or contradicts itself.
     """
     if not data:
-        raise AudioError(f"{name}: expected an audio file, got an empty one (0 bytes); {REPLACE}")
+        raise AudioError(f"{name}: expected an audio file, got an empty one (0 bytes); {REPLACE}", "empty")
     if data.startswith(b"version https://git-lfs"):
-        raise AudioError(f"{name}: expected audio, got a Git LFS pointer; run `git lfs pull` where the clip is kept")
+        raise AudioError(
+            f"{name}: expected audio, got a Git LFS pointer; run `git lfs pull` where the clip is kept",
+            "Git LFS pointer",
+        )
     if data[:4] == b"fLaC":
         return FlacFile(data, name)
     if data[:4] in WAV_MAGIC and data[8:12] == b"WAVE":
@@ -36,5 +39,6 @@ def open_container(data: bytes, name: str) -> ProvenFile:
         return MpegFile(data, name)
     raise AudioError(
         f"{name}: expected a WAV, FLAC, MP3 or Ogg file, got one that starts with {data[:12]!r}; if it is audio, "
-        "convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`, else replace it"
+        "convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`, else replace it",
+        "another format",
     )

@@ -22,12 +22,14 @@ class FlacFile(ProvenFile):
         """The header must be whole and say how many samples follow."""
         if len(self.data) < _HEADER:
             raise AudioError(
-                f"{self.name}: expected a FLAC header of 42 bytes, got {len(self.data)} bytes in all; {REPLACE}"
+                f"{self.name}: expected a FLAC header of 42 bytes, got {len(self.data)} bytes in all; {REPLACE}",
+                "truncated",
             )
         if self._declared() == 0:
             raise AudioError(
                 f"{self.name}: expected a FLAC header that gives the number of samples, got 0: the file is empty or "
-                f"was written by a streaming encoder, so a cut cannot be told from its end; {REWRITE}"
+                f"was written by a streaming encoder, so a cut cannot be told from its end; {REWRITE}",
+                "length unknown",
             )
 
     def samples(self, file: Any) -> Samples:
@@ -56,5 +58,6 @@ class FlacFile(ProvenFile):
         if hashlib.md5(packed.tobytes(), usedforsecurity=False).digest() != stored:
             raise AudioError(
                 f"{self.name}: expected samples matching the MD5 in the FLAC header, got others in {len(integers)} "
-                f"decoded samples: the file is damaged or its header was changed; {REPLACE}"
+                f"decoded samples: the file is damaged or its header was changed; {REPLACE}",
+                "damaged",
             )

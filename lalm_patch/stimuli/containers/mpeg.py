@@ -81,13 +81,14 @@ class MpegFile(ProvenFile):
         start = position = _after_tag(self.data)
         first = _frame(self.data, position)
         if first is None:
-            raise AudioError(f"{self.name}: expected MPEG audio after an ID3 tag, found none; {REPLACE}")
+            raise AudioError(f"{self.name}: expected MPEG audio after an ID3 tag, found none; {REPLACE}", "damaged")
         frames = 0
         while (frame := _frame(self.data, position)) is not None and frame.kind == first.kind:
             if position + frame.length > len(self.data):
                 raise AudioError(
                     f"{self.name}: expected a last MP3 frame of {frame.length} bytes, got {len(self.data) - position}: "
-                    f"the file is truncated; {REPLACE}"
+                    f"the file is truncated; {REPLACE}",
+                    "truncated",
                 )
             position += frame.length
             frames += 1
@@ -98,7 +99,8 @@ class MpegFile(ProvenFile):
         elif frames - 1 < declared:
             raise AudioError(
                 f"{self.name}: expected {declared} MP3 frames as its first one declares, got {frames - 1}: the file is "
-                f"truncated; {REPLACE}"
+                f"truncated; {REPLACE}",
+                "truncated",
             )
 
     def _check_rest(self, position: int) -> None:
@@ -112,7 +114,8 @@ class MpegFile(ProvenFile):
                 self.notes.append(f"{len(rest)} zero bytes behind the last MP3 frame were ignored")
             return
         raise AudioError(
-            f"{self.name}: expected an MP3 frame at byte {position}, got {rest[:8]!r}: the file is damaged; {REPLACE}"
+            f"{self.name}: expected an MP3 frame at byte {position}, got {rest[:8]!r}: the file is damaged; {REPLACE}",
+            "damaged",
         )
 
     def _declared(self, start: int, first: _Frame) -> int | None:

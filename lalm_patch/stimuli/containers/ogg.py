@@ -51,15 +51,19 @@ class OggFile(ProvenFile):
         if len({page.serial for page in pages}) > 1:
             raise AudioError(
                 f"{self.name}: expected one stream, got an Ogg file of several; convert the one that is meant, for "
-                "example `ffmpeg -i CLIP -map 0:a:0 -c:a flac CLIP.flac`"
+                "example `ffmpeg -i CLIP -map 0:a:0 -c:a flac CLIP.flac`",
+                "several streams",
             )
         numbers = [page.number for page in pages]
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or not pages[0].flags & _FIRST:
-            raise AudioError(f"{self.name}: expected Ogg pages without a gap, got pages {_runs(numbers)}; {REPLACE}")
+            raise AudioError(
+                f"{self.name}: expected Ogg pages without a gap, got pages {_runs(numbers)}; {REPLACE}", "damaged"
+            )
         if not pages[-1].flags & _LAST:
             raise AudioError(
                 f"{self.name}: expected an Ogg stream whose last page says so, got {len(pages)} pages without: the "
-                f"file is truncated, or a streaming encoder did not end it; {REWRITE}"
+                f"file is truncated, or a streaming encoder did not end it; {REWRITE}",
+                "truncated",
             )
         if behind := len(self.data) - pages[-1].end:
             self.notes.append(f"{behind} bytes behind the end of the Ogg stream were ignored")
@@ -75,14 +79,16 @@ class OggFile(ProvenFile):
             if len(header) < 27 or len(lacing) < segments or end > len(self.data):
                 raise AudioError(
                     f"{self.name}: expected a whole Ogg page at byte {position}, got the end of the file inside it: "
-                    f"the file is truncated; {REPLACE}"
+                    f"the file is truncated; {REPLACE}",
+                    "truncated",
                 )
             flags, _, serial, number, stored = struct.unpack_from("<BqIII", header, 5)
             page = self.data[position:end]
             if checksum(page[:22] + b"\0\0\0\0" + page[26:]) != stored:
                 raise AudioError(
                     f"{self.name}: expected an Ogg page that matches its checksum at byte {position}, got another: the "
-                    f"file is damaged; {REPLACE}"
+                    f"file is damaged; {REPLACE}",
+                    "damaged",
                 )
             yield _Page(flags, serial, number, end)
             position = end

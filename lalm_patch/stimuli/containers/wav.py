@@ -39,7 +39,8 @@ class WavFile(ProvenFile):
         elif audio.size > held:
             raise AudioError(
                 f"{self.name}: expected {audio.size} bytes of audio as its WAV header declares, got {held}: "
-                f"the file is truncated or its header is wrong; {REPLACE}"
+                f"the file is truncated or its header is wrong; {REPLACE}",
+                "truncated",
             )
         else:
             self._check_rest(audio)
@@ -53,13 +54,15 @@ class WavFile(ProvenFile):
         if file.subtype not in _SAMPLE_BYTES:
             raise AudioError(
                 f"{self.name}: expected an uncompressed WAV (integer, float, A-law or mu-law), got WAV holding "
-                f"{file.subtype}; convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`"
+                f"{file.subtype}; convert it, for example `ffmpeg -i CLIP -c:a flac CLIP.flac`",
+                "another format",
             )
         size, frame = self._chunk(b"data").size, _SAMPLE_BYTES[file.subtype] * int(file.channels)
         if size % frame:
             raise AudioError(
                 f"{self.name}: expected audio in whole frames of {frame} bytes, got {size} bytes: "
-                f"the file was cut inside a sample; {REPLACE}"
+                f"the file was cut inside a sample; {REPLACE}",
+                "truncated",
             )
         return size // frame
 
@@ -80,7 +83,8 @@ class WavFile(ProvenFile):
             if kind == wanted:
                 return chunk
         raise AudioError(
-            f"{self.name}: expected a WAV file with a `{wanted.decode().strip()}` chunk, found none; {REPLACE}"
+            f"{self.name}: expected a WAV file with a `{wanted.decode().strip()}` chunk, found none; {REPLACE}",
+            "truncated",
         )
 
     def _check_format(self) -> int:
@@ -92,7 +96,9 @@ class WavFile(ProvenFile):
         fields: tuple[int, ...] = struct.unpack(f"{self._order}HHIIHH", self.data[start : start + 16].ljust(16, b"\0"))
         tag, channels, rate, byte_rate, align, bits = fields
         if rate == 0:
-            raise AudioError(f"{self.name}: expected a sampling rate, its header declares 0 Hz; {REWRITE}")
+            raise AudioError(
+                f"{self.name}: expected a sampling rate, its header declares 0 Hz; {REWRITE}", "wrong header"
+            )
         frame = channels * -(-bits // 8)
         if tag not in _UNCOMPRESSED or not frame or frame * rate > UNKNOWN_SIZE:
             return frame  # the decoder says what it is
@@ -102,7 +108,8 @@ class WavFile(ProvenFile):
             raise AudioError(
                 f"{self.name}: expected a WAV header that agrees with itself, {frame} bytes per frame and "
                 f"{frame * rate} per second for {bits} bits in {channels} channels at {rate} Hz, got {align} and "
-                f"{byte_rate}; {REWRITE}"
+                f"{byte_rate}; {REWRITE}",
+                "wrong header",
             )
         said = f"{align} bytes per frame" if align != frame else f"{byte_rate} bytes per second"
         self.notes.append(f"the WAV header's {said} were ignored: it is {frame} and {frame * rate}")
@@ -115,7 +122,8 @@ class WavFile(ProvenFile):
         if frame and held % frame:
             raise AudioError(
                 f"{self.name}: expected audio in whole frames of {frame} bytes, got {held} bytes after a header of a "
-                f"streaming encoder: the file was cut inside a sample; {REPLACE}"
+                f"streaming encoder: the file was cut inside a sample; {REPLACE}",
+                "truncated",
             )
         self.notes.append("the WAV header leaves the length open (a streaming encoder); read to the end of the file")
         self._end_at(audio, held)
@@ -135,7 +143,8 @@ class WavFile(ProvenFile):
         cause = "a streaming encoder wrote it or the header is wrong" if audio.size == 0 else "the header is wrong"
         raise AudioError(
             f"{self.name}: expected {audio.size} bytes of audio as its WAV header declares, got {len(rest)} further "
-            f"bytes after them that are no WAV chunk: {cause}, and the clip would be read short; {REWRITE}"
+            f"bytes after them that are no WAV chunk: {cause}, and the clip would be read short; {REWRITE}",
+            "wrong header",
         )
 
     def _end_at(self, audio: _Chunk, size: int) -> None:
