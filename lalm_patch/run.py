@@ -22,6 +22,7 @@ from lalm_patch.results.dataset import build_dataset
 from lalm_patch.settings import WHOLE_VOCABULARY, RunSettings
 from lalm_patch.stimuli import Attribute, Record, check_records, data_fingerprint, load_demo, load_sakura
 from lalm_patch.storage.netcdf import clean_text
+from lalm_patch.storage.places import unwritable
 from lalm_patch.storage.provenance import describe, identity
 from lalm_patch.storage.run_store import RESULT, RunStore, is_finished
 from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
@@ -119,6 +120,9 @@ class _Work:
                 self._finalise(store)
             remove_journals(self.folder)
             dataset = store.load()
+        if (why := unwritable(self.folder)) is not None:
+            log.warning("the result is shown, the figures are left as they are: %s", why)
+            return self._shown(dataset)
         recovery = mean_recovery(dataset, seed=self.settings.seed)
         files = [self.folder / RESULT, *plot_run(dataset, self.folder, recovery), *self._plot_clip(dataset)]
         if self.settings.observe.lens and bool(dataset["kept"].any()):
@@ -132,6 +136,13 @@ class _Work:
             if self.settings.metric.name == name:
                 shown, recovery = measured, mean_recovery(measured, seed=self.settings.seed)
         return RunOutcome(dataset, tuple(files), summary(shown, files, recovery))
+
+    def _shown(self, dataset: xr.Dataset) -> RunOutcome:
+        """A finished run with the figures that are there."""
+        files = (self.folder / RESULT, *sorted(self.folder.glob("*.png")), *sorted(self.folder.glob("*.pdf")))
+        name = self.settings.metric.name
+        shown = dataset if name in ("probability", "all") else with_metric(dataset, name)
+        return RunOutcome(dataset, files, summary(shown, files, mean_recovery(shown, seed=self.settings.seed)))
 
     def _other_metrics(self, dataset: xr.Dataset) -> list[str]:
         """Metrics besides the probability that are to be drawn; `all` leaves out what the run could not store."""

@@ -14,20 +14,26 @@ from dataclasses import replace
 from omegaconf import DictConfig, OmegaConf
 
 from lalm_patch.config.combinations import check_combinations
+from lalm_patch.config.explaining import chain, explained, told_by_libraries
 from lalm_patch.config.loading import config_folder, load, one_at_a_time, store_defaults
 from lalm_patch.config.naming import run_folder, run_name
 from lalm_patch.config.reading import check_choices, check_value, read, resolved
+from lalm_patch.config.words import at_home
 from lalm_patch.settings import RunSettings
 
 __all__ = [
+    "at_home",
+    "chain",
     "check_choices",
     "check_combinations",
     "compose",
     "config_folder",
+    "explained",
     "load",
     "register",
     "run_name",
     "to_settings",
+    "told_by_libraries",
 ]
 
 

@@ -28,17 +28,19 @@ def told_by_libraries(error: BaseException) -> bool:
     return any(isinstance(link, kinds) for link in chain(error))
 
 
-def explained(error: BaseException, *, in_shell: bool = False) -> LalmPatchError:
+def explained(error: BaseException, *, in_shell: bool = False, outside: BaseException | None = None) -> LalmPatchError:
     """One sentence for whatever was raised while a configuration was composed.
 
     Args:
         error: what was raised; an error of the package anywhere in its chain is the explanation.
         in_shell: whether overrides came from a shell, and advice is to be typed into one.
+        outside: an error that was being handled before, which explains nothing here.
     """
-    for link in chain(error):
+    links = list(chain(error, outside))
+    for link in links:
         if isinstance(link, LalmPatchError):
             return link
-    for link in chain(error):
+    for link in links:
         for kind, explain in _EXPLANATIONS.items():
             if isinstance(link, kind) and (text := explain(link, in_shell)):
                 return ConfigError(text)
@@ -46,9 +48,10 @@ def explained(error: BaseException, *, in_shell: bool = False) -> LalmPatchError
     return Unnamed(f"the settings cannot be composed: {_line(error)}{because}")
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None, outside: BaseException | None = None) -> Iterator[BaseException]:
+    """An error, what it was raised from or while handling, and so on; without what was being handled `outside`."""
     seen: list[BaseException] = []
-    while error is not None and error not in seen:
+    while error is not None and error is not outside and error not in seen:
         seen.append(error)
         yield error
         # OmegaConf hides what a resolver raised (it sets no cause and suppresses the context), so both are followed.
@@ -139,8 +142,8 @@ def looked_up(error: BaseException) -> str:
     """What to say of a text whose `${}` cannot be looked up."""
     because = _line(error).partition(" full_key:")[0]
     return (
-        f"what stands in ${{}} is looked up, and could not be ({because}); for the characters themselves put a backslash "
-        r"before the dollar, \${"
+        f"what stands in ${{}} is looked up, and could not be ({because}); for the characters themselves put a "
+        r"backslash before the dollar, \${"
     )
 
 

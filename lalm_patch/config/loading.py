@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def load(
         ConfigError: it cannot be composed.
     """
     setup_globals()
+    outside = sys.exception()
     given = [at_home(override) for override in overrides]
 
     def compose(some: Sequence[str]) -> DictConfig:
@@ -85,7 +87,7 @@ def load(
     try:
         return compose(given)
     except Exception as error:  # of any type: Hydra answers odd input also with AssertionError, TypeError, IndexError
-        told = explained(error, in_shell=in_shell)
+        told = explained(error, in_shell=in_shell, outside=outside)
         if isinstance(told, Unnamed) and (culprit := _culprit(given, compose)) is not None:
             told = ConfigError(f"{culprit}: {told}")
         raise told from error

@@ -6,6 +6,7 @@ key that was added with `+`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, fields, is_dataclass
@@ -60,8 +61,8 @@ def check_keys(config: DictConfig) -> None:
             continue
         if key == "experiment" and isinstance(value, Mapping):
             raise ConfigError(
-                f"experiment: the file's settings ({', '.join(map(str, value))}) are not at the top, where they would do "
-                "something; expected '# @package _global_' as the file's first line"
+                f"experiment: the file's settings ({', '.join(map(str, value))}) are not at the top, where they would "
+                "do something; expected '# @package _global_' as the file's first line"
             )
         if key in GROUPS:
             if not isinstance(value, Mapping):
@@ -137,16 +138,17 @@ def _refusal(path: str, value: Any, reason: str) -> str:
 
 def resolved(config: DictConfig, path: str) -> Any:
     """A value with the settings it refers to put in. Raises ConfigError where there are none."""
+    outside = sys.exception()
     try:
         value = OmegaConf.select(config, path, default=ABSENT, throw_on_resolution_failure=True)
         if value is ABSENT:  # `???`, or taken out with `~`
             return default_of(path) if _removed(config, path) else MISSING
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except (OmegaConfBaseException, RecursionError) as error:
-        for link in chain(error):
+        for link in chain(error, outside):
             if isinstance(link, ConfigError):
                 raise link from None
-        if any(isinstance(link, RecursionError) for link in chain(error)):
+        if any(isinstance(link, RecursionError) for link in chain(error, outside)):
             raise ConfigError(
                 f"{path}={_written(config, path)}: expected a value, got one that refers to itself"
             ) from None

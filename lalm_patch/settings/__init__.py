@@ -302,7 +302,7 @@ class RunSettings:
     transcript: str | None = None
     dry_run: bool = False
     outputs: Annotated[str, Place("a folder")] = "outputs"
-    run_name: Annotated[str, Name()] = ""
+    run_name: Annotated[str, Name(255)] = ""
     seed: Annotated[int, SEED] = 0
     on_failed_check: Annotated[str, one_of("stop", "warn")] = "stop"
     threads: Annotated[int | None, Whole(1, 4096)] = None

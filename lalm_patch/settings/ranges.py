@@ -21,7 +21,6 @@ MOST = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
 
 _ON, _OFF = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
-_LONGEST_NAME = 100
 
 
 class Refused(ValueError):
@@ -123,6 +122,8 @@ class Text:
 class Name(Text):
     """Text that can be (part of) a folder's name."""
 
+    most: int = 60
+
     def __str__(self) -> str:
         return "a name that can be part of a folder's"
 
@@ -131,8 +132,8 @@ class Name(Text):
         name = super().read(value)
         if "/" in name or name in (".", ".."):
             raise Refused("it has a slash" if "/" in name else "it means another folder")
-        if len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME:
-            raise Refused(f"it has more than {_LONGEST_NAME} bytes")
+        if len(name.encode("utf-8", "surrogatepass")) > self.most:
+            raise Refused(f"it has more than {self.most} bytes")
         return name
 
 
