@@ -297,8 +297,10 @@ def _open_model(settings: RunSettings, attribute: Attribute, records: Sequence[R
     import torch
 
     from lalm_patch.models import LALM
+    from lalm_patch.models.registry import check_family
     from lalm_patch.tracing.tracer import Tracer
 
+    check_family(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.backend.name == "ndif":

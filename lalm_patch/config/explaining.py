@@ -43,7 +43,8 @@ def explained(error: BaseException, *, in_shell: bool = False, outside: BaseExce
     for link in links:
         for kind, explain in _EXPLANATIONS.items():
             if isinstance(link, kind) and (text := explain(link, in_shell)):
-                return ConfigError(text)
+                in_a_file = isinstance(link, OmegaConfBaseException) and str(link.full_key) not in ALLOWED
+                return Unnamed(text) if in_a_file else ConfigError(text)
     because = f": {_line(error.__cause__)}" if error.__cause__ is not None else ""
     return Unnamed(f"the settings cannot be composed: {_line(error)}{because}")
 
