@@ -63,7 +63,7 @@ def test_layouts_and_transcripts_are_checked_before_the_model_is_loaded(
     ):
         settings = compose(given, "data.limit=2")
         with pytest.raises(ConfigError, match=message):
-            run.run(settings, tmp_path / "run")
+            run.run(settings, tmp_path / given)
         with pytest.raises(ConfigError, match=message):
             check_family(settings)
     check_family(compose("model=demo_desta", "prompt.layout=fixed"))
