@@ -66,4 +66,4 @@ def test_layouts_and_transcripts_are_checked_before_the_model_is_loaded(
             run.run(settings, tmp_path / given)
         with pytest.raises(ConfigError, match=message):
             check_family(settings)
-    check_family(compose("model=demo_desta", "prompt.layout=fixed"))
+    check_family(compose("model=desta2", "prompt.layout=fixed"))
