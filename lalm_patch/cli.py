@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lalm_patch.config import config_folder, register, to_settings
-from lalm_patch.errors import LalmPatchError
+from lalm_patch.config import at_home, chain, config_folder, explained, load, register, to_settings, told_by_libraries
+from lalm_patch.errors import ConfigError, LalmPatchError
+from lalm_patch.settings import RunSettings
+from lalm_patch.storage.places import not_writable, unwritable
+from lalm_patch.storage.run_store import read_receipt
 from lalm_patch.storage.shards import run_folder_of
 from lalm_patch.sweep.launchers import sweep
 from lalm_patch.sweep.runs import failure_recorded, sweep_summary
@@ -23,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _failures: list[str] = []
 """What went wrong in this process, by run; a failed run of a sweep must not stop the others."""
+
+_begun: list[Path] = []
+"""Folders of the runs that began in this process."""
 
 register()  # also in the processes of a sweep: they unpickle `run_one` and never come by `main`
 
@@ -34,17 +43,11 @@ def run_one(config: DictConfig) -> None:
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    _begun.append(folder)
     try:
-        from lalm_patch.run import dry_run, run
-
         command = command_line(hydra_config.overrides.task)
         with failure_recorded(folder, command):
-            _quiet_libraries()
-            settings = to_settings(config)
-            if settings.dry_run:
-                print(dry_run(settings))
-            else:
-                print(run(settings, run_folder_of(folder), command).summary)
+            _carry_out(to_settings(config), folder, command)
     except LalmPatchError as error:
         log.error("error: %s", error)
         _failures.append(str(error))
@@ -53,6 +56,16 @@ def run_one(config: DictConfig) -> None:
             raise
         log.exception("this run failed")
         _failures.append(str(error))
+
+
+def _carry_out(settings: RunSettings, folder: Path, command: str) -> None:
+    from lalm_patch.run import dry_run, run
+
+    _quiet_libraries()
+    if settings.dry_run:
+        print(dry_run(settings))
+    else:
+        print(run(settings, run_folder_of(folder), command).summary)
 
 
 def _quiet_libraries() -> None:
@@ -66,16 +79,85 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Entry point. Exits with 1 if a run failed, with 130 if it was interrupted."""
+    """Entry point. Exits with 1 if a run failed or was refused, with 130 if it was interrupted."""
     application = hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(run_one)
+    everything = os.environ.get(_RAISE) == "1"
     try:
-        application()
+        if _looked_at(get_args_parser().parse_args()):
+            os.environ[_RAISE] = "1"
+            application()
     except KeyboardInterrupt:
         _show_sweep()
         print("\ninterrupted: finished samples are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        told = _told(error)
+        if everything or told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(1)
     if not _show_sweep() or _failures:
         sys.exit(1)
+
+
+def _told(error: Exception) -> LalmPatchError | None:
+    """What to say of an error that no run is to blame for; None for a defect, which keeps its traceback."""
+    if told_by_libraries(error):
+        return explained(error, in_shell=True)
+    disk = next((link for link in chain(error) if isinstance(link, OSError)), None)
+    if _begun or disk is None:
+        return None
+    # Hydra makes the run's folder, and a log file in it, before the run begins.
+    return not_writable(f"{disk.strerror or disk}" + (f" ({disk.filename})" if disk.filename else ""))
+
+
+_RAISE = "HYDRA_FULL_ERROR"
+"""Tells Hydra to raise what it would print: what is wrong with settings is said here, in a sentence."""
+
+
+def _looked_at(arguments: Namespace) -> bool:
+    """Check a command's settings before Hydra makes a folder for its run; whether there is something left to do.
+
+    Raises:
+        ConfigError: settings that cannot run. Those of a sweep's runs are checked when it is planned.
+        StoreError: the run is not finished, and its folder cannot be written.
+    """
+    if arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
+        return True
+    if arguments.experimental_rerun is not None:
+        return True
+    if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
+        raise ConfigError(f"--config-dir={arguments.config_dir}: expected a folder with YAML files, there is none")
+    sys.argv[1:] = [at_home(argument) for argument in sys.argv[1:]]
+    config = _composed(arguments)
+    if config is None:
+        return True
+    settings = to_settings(config)
+    folder = Path(str(config.hydra.run.dir))
+    if arguments.cfg or (why := unwritable(folder)) is None:
+        return True
+    if not settings.dry_run and read_receipt(run_folder_of(folder)) is None:
+        raise not_writable(why)
+    # Hydra would write its own folder and a log file; there is nothing to note where nothing is computed.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _carry_out(settings, folder, command_line(arguments.overrides))
+    return False
+
+
+def _composed(arguments: Namespace) -> DictConfig | None:
+    """The configuration of a command that is one run; None of a sweep."""
+
+    def compose(several: bool) -> DictConfig:
+        folder, name, extra = arguments.config_path, arguments.config_name, arguments.config_dir
+        return load(arguments.overrides, folder=folder, name=name, extra=extra, several=several, in_shell=True)
+
+    if arguments.multirun:
+        compose(several=True)
+        return None
+    # An experiment may say that it is a sweep, and then takes several values without -m.
+    if compose(several=True).hydra.mode == RunMode.MULTIRUN:
+        return None
+    return compose(several=False)
 
 
 def _show_sweep() -> bool:

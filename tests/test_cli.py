@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,21 +105,21 @@ def test_default_command(tmp_path: Path) -> None:
 )
 def test_wrong_group_name_answers_with_the_names(tmp_path: Path, override: str, names: tuple[str, ...]) -> None:
     message = refused(tmp_path, override)
-    assert override.replace("=", "/") in message
+    assert f"{override}: expected one of " in message
     for name in names:
-        assert f"\t{name}\n" in message
+        assert re.search(rf"\b{name}\b", message)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("modle=demo",), "Could not override 'modle'"),
+        (("modle=demo",), "modle: there is no such setting; the nearest is model"),
         (("data.lmit=3",), "data.lmit"),
-        (("data.limit=many",), "could not be converted to Integer"),
+        (("data.limit=many",), "data.limit=many: expected a whole number from 1, or null"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
         (("prompt.order=sorted",), "prompt.order=sorted: expected one of fixed, shuffled"),
         (("model.dtype=int8",), "model.dtype=int8: expected one of float32, bfloat16, float16"),
-        (("data.limit=0",), "data.limit: expected a whole number from 1"),
+        (("data.limit=0",), "data.limit=0: expected a whole number from 1, or null"),
         (("data=sakura", "data.root=/no/such/place"), "/no/such/place"),
         (("model=voxtral", "model.id=./nowhere", "data=demo"), "model.id=./nowhere: no such folder"),
         (("granularity.layers=[99]",), "the model has decoder layers 0 to 7"),

@@ -14,10 +14,10 @@ from lalm_patch.models.roles import ROLES
 if TYPE_CHECKING:
     from lalm_patch.models.family import Family
     from lalm_patch.models.lalm import LALM, Encoding
-    from lalm_patch.models.registry import FAMILIES
+    from lalm_patch.models.registry import FAMILIES, check_family
     from lalm_patch.models.tokens import TokenTable
 
-__all__ = ["FAMILIES", "LALM", "ROLES", "Encoding", "Family", "TokenTable"]
+__all__ = ["FAMILIES", "LALM", "ROLES", "Encoding", "Family", "TokenTable", "check_family"]
 
 # Roles are wanted by whoever reads results; torch and transformers only by who loads a model.
 __getattr__, *_ = lazy_loader.attach(
@@ -25,7 +25,7 @@ __getattr__, *_ = lazy_loader.attach(
     submod_attrs={
         "family": ["Family"],
         "lalm": ["LALM", "Encoding"],
-        "registry": ["FAMILIES"],
+        "registry": ["FAMILIES", "check_family"],
         "tokens": ["TokenTable"],
     },
 )

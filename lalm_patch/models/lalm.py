@@ -203,24 +203,36 @@ class LALM:
         Raises:
             ModelError: an option merges with the phrase before it, or two options begin with the same token.
         """
+        ids = self._first_ids(prompt, layout, target)
+        if None not in ids and len(set(ids)) == len(ids):
+            return tuple(id for id in ids if id is not None)
+        merged = [option for option, id in zip(prompt.options, ids, strict=True) if id is None]
+        clashing = [option for option, id in zip(prompt.options, ids, strict=True) if ids.count(id) > 1]
+        if merged:
+            problem = (
+                f"{', '.join(merged)} merge with the response phrase {prompt.response!r} when tokenised and have no "
+                "first token of their own"
+            )
+        else:
+            problem = f"{', '.join(clashing)} begin with the same token, so the next token cannot tell them apart"
+        other = "bare" if target == "leading_space" else "leading_space"
+        others = self._first_ids(prompt, layout, other)
+        if None not in others and len(set(others)) == len(others):
+            advice = f"set prompt.target={other}, with which they have different ones"
+        else:
+            advice = f"prompt.target={other} does not help either, so use other words for them"
+        raise ModelError(f"attr.options: with prompt.target={target}, {problem}; {advice}")
+
+    def _first_ids(self, prompt: Prompt, layout: str, target: str) -> list[int | None]:
+        """First token of each option after the response phrase; None for one that merges with it."""
         before = self.family.text_ids(prompt, layout)
         blank = " " if target == "leading_space" else ""
-        ids = []
+        ids: list[int | None] = []
         for option in prompt.options:
             after = self.family.text_ids(prompt, layout, continuation=blank + option)
-            if after[: len(before)] != before or len(after) == len(before):
-                raise ModelError(
-                    f"option {option!r} merges with the response phrase {prompt.response!r} when tokenised, so it has "
-                    "no first token of its own; set prompt.target=leading_space or change the phrase"
-                )
-            ids.append(after[len(before)])
-        if len(set(ids)) < len(ids):
-            clashes = [option for option, id in zip(prompt.options, ids, strict=True) if ids.count(id) > 1]
-            raise ModelError(
-                f"options {', '.join(clashes)} begin with the same token, so the next token cannot tell them apart; "
-                "change the options' wording, or set prompt.target=leading_space"
-            )
-        return tuple(ids)
+            separate = after[: len(before)] == before and len(after) > len(before)
+            ids.append(after[len(before)] if separate else None)
+        return ids
 
     def logits(self, states: Tensor, gradient: bool = False) -> Tensor:
         """Logits [rows, vocabulary] in float32 of normed states [rows, hidden]; differentiable if asked to."""

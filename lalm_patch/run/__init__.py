@@ -62,10 +62,11 @@ def dry_run(settings: RunSettings) -> str:
     Raises:
         LalmPatchError: a setting, model, prompt or clip that the run would refuse, too.
     """
-    from lalm_patch.models import LALM
+    from lalm_patch.models import LALM, check_family
     from lalm_patch.tracing.dry_run import describe_run
 
     check_backend(settings)
+    check_family(settings)
     attribute = attribute_of(settings)
     try:
         found = tuple(load_records(settings, attribute))

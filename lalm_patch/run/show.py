@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run
 from lalm_patch.run.plan import RunPlan
 from lalm_patch.settings import WHOLE_VOCABULARY
 from lalm_patch.storage.netcdf import clean_text
+from lalm_patch.storage.places import unwritable
 from lalm_patch.storage.run_store import RESULT
 from lalm_patch.summary import summary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class RunOutcome:
 
 
 def show(plan: RunPlan, folder: Path, dataset: xr.Dataset) -> RunOutcome:
-    """Draw a run's figures into its folder and write its summary."""
+    """Draw a run's figures into its folder and write its summary; where nothing can be written, show what is there."""
     settings = plan.settings
+    if (why := unwritable(folder)) is not None:
+        log.warning("the result is shown, the figures are left as they are: %s", why)
+        return _shown_again(settings.metric.name, settings.seed, folder, dataset)
     recovery = mean_recovery(dataset, seed=settings.seed)
     files = [folder / RESULT, *plot_run(dataset, folder, recovery), *_plot_clip(plan, folder, dataset)]
     if settings.observe.lens and bool(dataset["kept"].any()):
@@ -47,6 +54,13 @@ def show(plan: RunPlan, folder: Path, dataset: xr.Dataset) -> RunOutcome:
         if settings.metric.name == name:
             shown, recovery = measured, mean_recovery(measured, seed=settings.seed)
     return RunOutcome(dataset, tuple(files), summary(shown, files, recovery))
+
+
+def _shown_again(metric: str, seed: int, folder: Path, dataset: xr.Dataset) -> RunOutcome:
+    """A finished run with the figures that are there."""
+    files = (folder / RESULT, *sorted(folder.glob("*.png")), *sorted(folder.glob("*.pdf")))
+    shown = dataset if metric in ("probability", "all") else with_metric(dataset, metric)
+    return RunOutcome(dataset, files, summary(shown, files, mean_recovery(shown, seed=seed)))
 
 
 def _other_metrics(chosen: str, dataset: xr.Dataset) -> list[str]:

@@ -118,10 +118,11 @@ def _open(plan: RunPlan) -> _Opened:
     """
     import torch
 
-    from lalm_patch.models import LALM
+    from lalm_patch.models import LALM, check_family
     from lalm_patch.tracing import RemoteTracer, Tracer
 
     settings = plan.settings
+    check_family(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     outline = LALM.outline(settings.model)  # the window is known without weights, which can take long to load

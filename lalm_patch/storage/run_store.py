@@ -37,6 +37,7 @@ from lalm_patch.storage.journal import (
     write_file,
 )
 from lalm_patch.storage.netcdf import clean_text, from_bytes, sanitise, to_bytes
+from lalm_patch.storage.places import unwritable
 from lalm_patch.storage.provenance import readable
 
 if TYPE_CHECKING:
@@ -79,21 +80,36 @@ class RunStore:
         self._lock = -1
         try:
             with _explained(self.folder, "opening the run"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _lock(self.folder)
-                self._open()
+                # A finished run is only read: that needs no lock, and works where nothing can be written.
+                if not self._open_finished():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._lock = _lock(self.folder)
+                    self._open()
         except BaseException:
             self.close()
             raise
+
+    def _open_finished(self) -> bool:
+        """Whether the run is finished, with nothing left to clear up; then its result was verified."""
+        left = (JOURNAL, *(_BESIDE.format(name) for name in (RESULT, RECEIPT)))
+        receipt = read_receipt(self.folder)
+        if receipt is None or (any((self.folder / name).exists() for name in left) and not unwritable(self.folder)):
+            return False
+        self._verify_finished(receipt)
+        return True
+
+    def _verify_finished(self, receipt: dict[str, Any]) -> None:
+        self._compare(receipt["identity"], "a finished run")
+        _verify(self.folder / RESULT, receipt)
+        self._receipt = receipt
 
     def _open(self) -> None:
         for name in (RESULT, RECEIPT):
             (self.folder / _BESIDE.format(name)).unlink(missing_ok=True)
         journal = self.folder / JOURNAL
-        self._receipt = read_receipt(self.folder)
-        if self._receipt is not None:
-            self._compare(self._receipt["identity"], "a finished run")
-            _verify(self.folder / RESULT, self._receipt)
+        receipt = read_receipt(self.folder)
+        if receipt is not None:
+            self._verify_finished(receipt)
             if journal.exists():
                 log.info("%s: removing the journal of the finished run", journal)
                 journal.unlink()

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.storage.journal import dump_json, replace_file
+from lalm_patch.storage.places import unwritable
 from lalm_patch.storage.run_store import JOURNAL, SampleRecord, peek
 
 SHARDS, COMPLETE = "shards", "complete.json"
@@ -106,6 +107,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def remove_journals(run: Path) -> None:
-    """Remove the shards' journals: the run's result holds their samples."""
+    """Remove the shards' journals, where that can be done: the run's result holds their samples."""
+    if unwritable(run) is not None:
+        return
     for folder in shard_folders(run):
         (folder / JOURNAL).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from lalm_patch.config import register, to_settings
 from lalm_patch.errors import ConfigError, LalmPatchError
+from lalm_patch.storage.places import not_writable, unwritable
 from lalm_patch.storage.run_store import is_finished
 from lalm_patch.storage.shards import run_folder_of
 from lalm_patch.sweep.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, status
@@ -53,14 +54,13 @@ class SweepLauncher(Launcher):  # type: ignore[misc]
         What failed is in the run's folder and in the summary: an error in what is returned here would make Hydra stop.
         """
         plan = [self._planned(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
-        try:
-            _check_metrics(plan)
-        except ConfigError as error:
-            log.error("error: %s", error)
-            sys.exit(1)  # Hydra would print a traceback
+        _check_metrics(plan)
         first_of = {run.folder: i for i, run in reversed(list(enumerate(plan)))}
         sweep.extend(plan[i] for i in sorted(first_of.values()))
         todo = [i for i in sorted(first_of.values()) if not plan[i].before]
+        for run in (plan[i] for i in todo):
+            if (why := unwritable(run.folder)) is not None:
+                raise not_writable(why)
         log.info("%d of %d runs to do; %d finished before", len(todo), len(first_of), len(first_of) - len(todo))
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         if todo:
@@ -75,6 +75,7 @@ class SweepLauncher(Launcher):  # type: ignore[misc]
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.num, config.hydra.job.id = number, str(number)
+        to_settings(config)  # what is wrong with one run is said before any of them is started
         folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
         run = SweepRun(tuple(filter_overrides(overrides)), folder)
         return replace(run, before=_finished_before(config, folder))

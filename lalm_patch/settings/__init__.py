@@ -1,14 +1,47 @@
-"""What a run is made of, as typed settings. Hydra checks every YAML under `conf/` and every override against these."""
+"""What a run is made of, as typed settings, each with the values it takes.
+
+Everything that is composed from YAML and overrides is checked against these before anything is loaded
+(`lalm_patch.config`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
-from omegaconf import MISSING
+from lalm_patch.settings.ranges import (
+    LARGEST_SEED,
+    Address,
+    Allowed,
+    Listed,
+    Name,
+    Number,
+    Pattern,
+    Place,
+    Text,
+    Whole,
+    allowed,
+    one_of,
+)
+
+MISSING = "???"
+"""Stands for a value that has to be given, in YAML as here."""
 
 APPROXIMATE = ("attribution", "integrated_gradients", "relevance")
 """Engines whose cells are approximate."""
+
+A_DAY = 86_400.0
+SEED = Whole(0, LARGEST_SEED)
+CHECKPOINT = Place("a hub id like owner/name, or a folder")
+LAYOUT = one_of("chat", "user", "flat", "fixed")
+DEVICE = Pattern(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", "auto, cpu, cuda or cuda:<number>")
+DEVICE_MAP = Pattern(
+    r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|mps|xpu)(:\d{1,3})?",
+    "auto, balanced, balanced_low_0, sequential, or a device",
+)
+SHARD = Pattern(r"\d{1,6}/\d{1,6}", "i/n, part i of n with i from 1 to n, for example 1/4")
+CORRUPTION = one_of("silence", "dither", "silence_floor", "noise", "time_shuffle", "counterfactual", "gaussian", "mean")
+METRIC = one_of("probability", "log_probability", "logit_margin", "option_probability", "rank", "kl", "all")
 
 
 @dataclass
@@ -33,28 +66,28 @@ class ModelSettings:
         data: the data set used when `data=auto`.
     """
 
-    name: str = MISSING
+    name: Annotated[str, Name()] = MISSING
     family: str = MISSING
-    id: str = MISSING
+    id: Annotated[str, CHECKPOINT] = MISSING
     revision: str | None = None
-    decoder: str | None = None
-    encoder: str | None = None
+    decoder: Annotated[str | None, CHECKPOINT] = None
+    encoder: Annotated[str | None, CHECKPOINT] = None
     transcript: str | None = None
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    device_map: str | None = None
-    attn_implementation: str = "sdpa"
-    prompt_layout: str = "chat"
-    data: str = "sakura"
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"
+    device: Annotated[str, DEVICE] = "auto"
+    device_map: Annotated[str | None, DEVICE_MAP] = None
+    attn_implementation: Annotated[str, one_of("sdpa", "eager")] = "sdpa"
+    prompt_layout: Annotated[str, LAYOUT] = "chat"
+    data: Annotated[str, one_of("demo", "sakura")] = "sakura"
 
 
 @dataclass
 class AttributeSettings:
     """One attribute of the sound (`conf/attr/*.yaml`): the question, its options, how the answer begins."""
 
-    name: str = MISSING
+    name: Annotated[str, Name()] = MISSING
     question: str = MISSING
-    options: list[str] = MISSING
+    options: Annotated[list[str], Listed(Text(), 2)] = MISSING  # type: ignore[assignment]
     response: str = MISSING
     folder: str = MISSING
 
@@ -73,11 +106,11 @@ class GranularitySettings:
         positions: of granularity=audio, audio positions in a window; null to measure time.
     """
 
-    name: str = MISSING
+    name: Annotated[str, Name()] = MISSING
     layers: list[int] | None = None
     edges: list[str] | None = None
-    seconds: float | None = None
-    positions: int | None = None
+    seconds: Annotated[float | None, Number(0, 3600)] = None
+    positions: Annotated[int | None, Whole(1)] = None
 
 
 @dataclass
@@ -92,8 +125,8 @@ class SiteSettings:
         window: layers exchanged together: a cell's own and the ones above it.
     """
 
-    name: str = MISSING
-    window: int = 1
+    name: Annotated[str, one_of("resid", "attn", "mlp", "head", "embed", "tower")] = MISSING
+    window: Annotated[int, Whole(1)] = 1
 
 
 @dataclass
@@ -105,7 +138,7 @@ class DirectionSettings:
             (corrupted states into the clean run; the rate is the share of the gap that is lost).
     """
 
-    name: str = MISSING
+    name: Annotated[str, one_of("denoising", "noising")] = MISSING
 
 
 @dataclass
@@ -120,11 +153,11 @@ class DataSettings:
         bad_clips: stop (name every unusable clip before anything is computed) or exclude (keep the reason instead).
     """
 
-    name: str = MISSING
-    root: str | None = None
-    limit: int | None = None
-    seed: int = 0
-    bad_clips: str = "stop"
+    name: Annotated[str, one_of("auto", "demo", "sakura")] = MISSING
+    root: Annotated[str | None, Place("a folder")] = None
+    limit: Annotated[int | None, Whole(1)] = None
+    seed: Annotated[int, SEED] = 0
+    bad_clips: Annotated[str, one_of("stop", "exclude")] = "stop"
 
 
 @dataclass
@@ -140,9 +173,9 @@ class CorruptionSettings:
         seed: of gaussian's noise, and of choices that counterfactual and mean leave open.
     """
 
-    name: str = MISSING
-    scale: float | None = None
-    seed: int = 0
+    name: Annotated[str, CORRUPTION] = MISSING
+    scale: Annotated[float | None, Number(0)] = None
+    seed: Annotated[int, SEED] = 0
 
 
 @dataclass
@@ -153,7 +186,7 @@ class MetricSettings:
         name: probability, log_probability, logit_margin, option_probability, rank, kl (see `analysis.metric`), or all.
     """
 
-    name: str = MISSING
+    name: Annotated[str, METRIC] = MISSING
 
 
 @dataclass
@@ -166,7 +199,7 @@ class ObserveSettings:
         attention: how much attention each segment of the text pays to the audio in the clean run, by layer and head.
     """
 
-    name: str = MISSING
+    name: Annotated[str, Name()] = MISSING
     lens: bool = False
     attention: bool = False
 
@@ -183,11 +216,11 @@ class PromptSettings:
         correct: a prediction is the largest logit among the options, or over the whole vocabulary.
     """
 
-    layout: str | None = None
-    order: str = "fixed"
-    seed: int = 0
-    target: str = "leading_space"
-    correct: str = "options"
+    layout: Annotated[str | None, LAYOUT] = None
+    order: Annotated[str, one_of("fixed", "shuffled")] = "fixed"
+    seed: Annotated[int, SEED] = 0
+    target: Annotated[str, one_of("leading_space", "bare")] = "leading_space"
+    correct: Annotated[str, one_of("options", "vocabulary")] = "options"
 
 
 @dataclass
@@ -205,13 +238,13 @@ class EngineSettings:
         steps: of integrated_gradients, points on the line between the two runs.
     """
 
-    name: str = MISSING
-    pack_tokens: int = 2048
-    memory_budget: float | None = None
-    spot_checks: int = 8
-    tolerance: float | None = None
-    licence_cells: int = 16
-    steps: int = 8
+    name: Annotated[str, one_of("auto", "replay", "direct", *APPROXIMATE)] = MISSING
+    pack_tokens: Annotated[int, Whole(1)] = 2048
+    memory_budget: Annotated[float | None, Number(0)] = None
+    spot_checks: Annotated[int, Whole(0)] = 8
+    tolerance: Annotated[float | None, Number(0, 1)] = None
+    licence_cells: Annotated[int, Whole(1)] = 16
+    steps: Annotated[int, Whole(1)] = 8
 
 
 @dataclass
@@ -229,12 +262,12 @@ class BackendSettings:
         forget_seconds: a job of which the server knows nothing for this long is sent again.
     """
 
-    name: str = MISSING
-    host: str | None = None
-    max_jobs: int = 4
-    poll_seconds: float = 1.0
-    retries: int = 6
-    forget_seconds: float = 60.0
+    name: Annotated[str, one_of("local", "ndif")] = MISSING
+    host: Annotated[str | None, Address()] = None
+    max_jobs: Annotated[int, Whole(1)] = 4
+    poll_seconds: Annotated[float, Number(0, A_DAY)] = 1.0
+    retries: Annotated[int, Whole(0, 100)] = 6
+    forget_seconds: Annotated[float, Number(0, A_DAY)] = 60.0
 
 
 @dataclass
@@ -268,12 +301,12 @@ class RunSettings:
     prompt: PromptSettings = field(default_factory=PromptSettings)
     transcript: str | None = None
     dry_run: bool = False
-    outputs: str = "outputs"
-    run_name: str = ""
-    seed: int = 0
-    on_failed_check: str = "stop"
-    threads: int | None = None
-    shard: str | None = None
+    outputs: Annotated[str, Place("a folder")] = "outputs"
+    run_name: Annotated[str, Name(255)] = ""
+    seed: Annotated[int, SEED] = 0
+    on_failed_check: Annotated[str, one_of("stop", "warn")] = "stop"
+    threads: Annotated[int | None, Whole(1, 4096)] = None
+    shard: Annotated[str | None, SHARD] = None
 
 
 ON_EMBEDDINGS = ("gaussian", "mean")
@@ -303,31 +336,8 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "backend.forget_seconds",
 )
 
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.attn_implementation": ("sdpa", "eager"),
-    "model.prompt_layout": ("chat", "user", "flat", "fixed"),
-    "site.name": ("resid", "attn", "mlp", "head", "embed", "tower"),
-    "direction.name": ("denoising", "noising"),
-    "data.name": ("auto", "demo", "sakura"),
-    "data.bad_clips": ("stop", "exclude"),
-    "corruption.name": (
-        "silence",
-        "dither",
-        "silence_floor",
-        "noise",
-        "time_shuffle",
-        "counterfactual",
-        "gaussian",
-        "mean",
-    ),
-    "metric.name": ("probability", "log_probability", "logit_margin", "option_probability", "rank", "kl", "all"),
-    "prompt.layout": (None, "chat", "user", "flat", "fixed"),
-    "prompt.order": ("fixed", "shuffled"),
-    "prompt.target": ("leading_space", "bare"),
-    "prompt.correct": ("options", "vocabulary"),
-    "engine.name": ("auto", "replay", "direct", *APPROXIMATE),
-    "backend.name": ("local", "ndif"),
-    "on_failed_check": ("stop", "warn"),
-}
-"""Settings that take one of a few words; the command line names them when another word comes."""
+ALLOWED: dict[str, Allowed] = allowed(RunSettings)
+"""What every setting takes, by its path."""
+
+CHOICES: dict[str, tuple[str | None, ...]] = {path: entry.words for path, entry in ALLOWED.items() if entry.words}
+"""Settings that take one of a few words."""

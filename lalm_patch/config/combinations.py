@@ -1,87 +1,27 @@
-"""Hydra's side of the settings: where the YAML lies, the schema it is checked against, names that follow from it."""
+"""Settings that are right one by one and not together."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError
+from lalm_patch.interventions.grids import GRANULARITIES
 from lalm_patch.interventions.segments import KNOCKOUTS, check_edges
 from lalm_patch.interventions.spans import Spans, check_spans
-from lalm_patch.settings import APPROXIMATE, CHOICES, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
-from lalm_patch.storage.provenance import flat_settings
+from lalm_patch.models.names import family_names
+from lalm_patch.settings import APPROXIMATE, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
+from lalm_patch.stimuli.prompt import Attribute
 from lalm_patch.storage.shards import Shard
-
-
-def config_folder() -> Path:
-    """Where `config.yaml` lies: inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"no conf/config.yaml beside or inside {package}; reinstall lalm_patch")
-
-
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra; calling it twice is harmless."""
-    ConfigStore.instance().store(name="run_schema", node=RunSettings)
-    OmegaConf.register_new_resolver("lalm_patch.run_name", _run_name, replace=True)
-    OmegaConf.register_new_resolver("lalm_patch.run_folder", _run_folder, replace=True)
-
-
-def compose(*overrides: str) -> RunSettings:
-    """Settings of a command line, for use from Python: `compose("model=demo", "attr=gender")`.
-
-    Raises:
-        ConfigError: an override that names nothing, or a value that does not fit; the message lists what there is.
-    """
-    register()
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        because = f": {error.__cause__}" if error.__cause__ else ""
-        raise ConfigError(f"{error}{because}") from error
-    return to_settings(config)
-
-
-def to_settings(config: DictConfig) -> RunSettings:
-    """Typed settings of a composed configuration.
-
-    Raises:
-        ConfigError: a setting that takes one of a few words has another one.
-    """
-    settings = _typed(config)
-    check_choices(settings)
-    check_combinations(settings)
-    return settings
-
-
-def check_choices(settings: RunSettings) -> None:
-    """Raises ConfigError for a word that a setting does not know; names the ones it knows."""
-    for path, choices in CHOICES.items():
-        value: Any = settings
-        for part in path.split("."):
-            value = getattr(value, part)
-        if value not in choices:
-            known = ", ".join("null" if choice is None else str(choice) for choice in choices)
-            raise ConfigError(f"{path}={value}: expected one of {known}")
 
 
 def check_combinations(settings: RunSettings) -> None:
     """Raises ConfigError for settings that are right one by one and not together, before anything is loaded."""
     site, direction = settings.site, settings.direction.name
-    if site.window < 1:
-        raise ConfigError(f"site.window={site.window}: expected a number of layers, at least 1")
+    _check_names(settings)
+    _check_attribute(settings)
+    if settings.shard is not None:
+        Shard.parse(settings.shard)
     _check_knockout(settings)
     _check_corruption(settings)
     if settings.backend.name == "ndif" and (settings.observe.lens or settings.observe.attention):
@@ -109,13 +49,28 @@ def check_combinations(settings: RunSettings) -> None:
         )
 
 
+def _check_names(settings: RunSettings) -> None:
+    """Names of what can be added from outside the package."""
+    for path, name, known in (
+        ("model.family", settings.model.family, family_names()),
+        ("granularity.name", settings.granularity.name, tuple(GRANULARITIES)),
+    ):
+        if name not in known:
+            expected = ", ".join(known)
+            raise ConfigError(f"{path}={name}: expected one of {expected}; the nearest is {nearest(name, known)}")
+
+
+def _check_attribute(settings: RunSettings) -> None:
+    """What can make no prompt: options that are one and the same, for example."""
+    try:
+        Attribute(**asdict(settings.attr))
+    except ConfigError as error:
+        raise ConfigError(f"attr.options: {error}") from None
+
+
 def _check_approximation(settings: RunSettings) -> None:
     """What a first-order approximation of single patches cannot be asked."""
     engine, site = settings.engine, settings.site
-    if engine.licence_cells < 1 or engine.steps < 1:
-        raise ConfigError(
-            f"engine.licence_cells={engine.licence_cells}, engine.steps={engine.steps}: expected numbers from 1"
-        )
     if engine.name not in APPROXIMATE:
         return
     asked = {
@@ -201,32 +156,3 @@ def _check_knockout(settings: RunSettings) -> None:
             "granularity=edge with site=head cuts one edge, head by head: name it, for example "
             "granularity.edges=[audio-last]"
         )
-
-
-def run_name(settings: RunSettings) -> str:
-    """Name of a run's folder: readable, and different for different settings."""
-    flat = json.dumps(flat_settings(settings), sort_keys=True)
-    short = hashlib.sha256(flat.encode()).hexdigest()[:10]
-    parts = [settings.model.name, settings.attr.name, settings.granularity.name]
-    parts += [name for name in (settings.site.name, settings.direction.name) if name not in ("resid", "denoising")]
-    return "-".join([*parts, short])
-
-
-def _run_name(*, _root_: DictConfig) -> str:
-    return run_name(_typed(_root_, leave_out=("run_name",)))
-
-
-def _run_folder(*, _root_: DictConfig) -> str:
-    """Where a run's process works, below `outputs`: the run's folder, or its shard's inside it."""
-    name = str(_root_.run_name)
-    return name if _root_.shard is None else f"{name}/{Shard.parse(str(_root_.shard)).name}"
-
-
-def _typed(config: DictConfig, leave_out: tuple[str, ...] = ()) -> RunSettings:
-    """The part of a composed configuration that is the run's, as the dataclass."""
-    keys = [str(key) for key in config if key not in ("hydra", *leave_out)]
-    # Hydra's composition keeps the schema's checks but not always its type: merging into it brings both back.
-    merged = OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.masked_copy(config, keys))
-    settings = OmegaConf.to_object(merged)
-    assert isinstance(settings, RunSettings)
-    return settings
