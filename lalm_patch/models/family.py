@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +12,9 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Pr
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import Checkpoint
+from lalm_patch.models.files import opening, processor_files, read_config
 from lalm_patch.models.tokens import Clock
+from lalm_patch.models.weights import load_pretrained
 from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 
 
@@ -55,15 +56,14 @@ class Family(ABC):
             ModelError: a checkpoint of another architecture, or a package its processor needs is missing.
         """
         family = cls._open(checkpoint.folder)
-        module = AutoModelForMultimodalLM.from_pretrained(checkpoint.folder, local_files_only=True, **weights)
-        return module, family
+        return load_pretrained(AutoModelForMultimodalLM, checkpoint.folder, **weights), family
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
         """As `load`, the model on the meta device: shapes only, the weights need not be there."""
         family = cls._open(checkpoint.folder)
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        with torch.device("meta"):
+        with opening(f"{checkpoint.folder / 'config.json'}"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
             return AutoModelForMultimodalLM.from_config(config), family
 
     @classmethod
@@ -73,7 +73,7 @@ class Family(ABC):
         Raises:
             ModelError: it is none of the family's.
         """
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        found = read_config(folder).get("model_type")
         if found not in cls.model_types:
             raise ModelError(f"{folder} is a checkpoint of type {found!r}, expected {' or '.join(cls.model_types)}")
         return str(found)
@@ -81,12 +81,8 @@ class Family(ABC):
     @classmethod
     def _open(cls, folder: Path) -> Family:
         cls.check_type(folder)
-        try:
+        with opening(processor_files(folder)):
             return cls(AutoProcessor.from_pretrained(folder, local_files_only=True))
-        except ImportError as error:
-            raise ModelError(
-                f"{folder}: the processor needs a package that is missing ({error}); install it with pip"
-            ) from error
 
     @property
     def tokenizer(self) -> Any:

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
+from lalm_patch.models.files import weights_entry
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
+from lalm_patch.models.weights import check_finite
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Prompt
 
@@ -92,16 +94,25 @@ class LALM:
         checkpoint = find_checkpoint(settings)
         weights, device = _placement(settings)
         weights["attn_implementation"] = settings.attn_implementation
-        module, family = _open(settings, checkpoint, lambda family: family.load(checkpoint, **weights))
+        family_class = _family(settings, checkpoint)
+        with checkpoint.verified():
+            try:
+                module, family = family_class.load(checkpoint, **weights)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(
+                    f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder} "
+                    f"({type(error).__name__}: {error}); download it again"
+                ) from error
         if device is not None:
             module.to(device)
+        check_finite(module, _places(checkpoint))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
     @classmethod
     def outline(cls, settings: ModelSettings) -> LALM:
         """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
         checkpoint = find_checkpoint(settings, weights=False)
-        module, family = _open(settings, checkpoint, lambda family: family.outline(checkpoint))
+        module, family = _family(settings, checkpoint).outline(checkpoint)
         module.to(_dtype(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
@@ -262,19 +273,19 @@ class LALM:
         return path
 
 
-def _open(
-    settings: ModelSettings,
-    checkpoint: Checkpoint,
-    opened: Callable[[type[Family]], tuple[PreTrainedModel, Family]],
-) -> tuple[PreTrainedModel, Family]:
+def _family(settings: ModelSettings, checkpoint: Checkpoint) -> type[Family]:
+    """The adapter of these settings, if the checkpoint is one of its."""
     if settings.family not in FAMILIES:
         raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
-    try:
-        return opened(FAMILIES[settings.family])
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder}: {error}"
-        ) from error
+    family = FAMILIES[settings.family]
+    family.check_type(checkpoint.folder)
+    return family
+
+
+def _places(checkpoint: Checkpoint) -> str:
+    """Where a model's weights are, for messages."""
+    folders = [repository.folder for repository in (checkpoint, *checkpoint.parts.values())]
+    return ", ".join(str(weights_entry(folder) or folder) for folder in folders)
 
 
 def _role(module: PreTrainedModel, getter: str, what: str) -> Any:
