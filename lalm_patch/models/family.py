@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Pr
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import Checkpoint
+from lalm_patch.models.controls import refuse_control_tokens
 from lalm_patch.models.files import opening, processor_files, read_config
 from lalm_patch.models.tokens import Clock
 from lalm_patch.models.weights import load_pretrained
@@ -94,6 +95,25 @@ class Family(ABC):
         """Length of the longest clip the encoder takes in, in seconds."""
         extractor = self.processor.feature_extractor
         return float(extractor.n_samples / extractor.sampling_rate)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names that mean something to the processor although the tokenizer may have no token for them."""
+        named = vars(self.processor) if self.processor is not None else {}
+        return tuple(value for name, value in named.items() if name.endswith("_token") and isinstance(value, str))
+
+    def refuse_control_tokens(self, prompt: Prompt) -> None:
+        """A prompt's texts are text, alone and joined.
+
+        Raises:
+            ModelError: names the text and the control token it holds.
+        """
+        texts = {"question": prompt.question, "response phrase": prompt.response, "transcript": prompt.transcript}
+        texts |= {f"option {number}": option for number, option in enumerate(prompt.options, start=1)}
+        texts["prompt"] = prompt.flat_text
+        for number, option in enumerate(prompt.options, start=1):
+            texts[f"response phrase with option {number}"] = prompt.response + option
+        refuse_control_tokens(self.tokenizer, texts, self.marks)
 
     def clock(self, samples: int) -> Clock:
         """When the audio positions of a clip of so many samples at 16 kHz are."""

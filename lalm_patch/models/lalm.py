@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
-from lalm_patch.models.files import weights_entry
+from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.models.weights import check_finite
@@ -103,6 +103,7 @@ class LALM:
                     f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder} "
                     f"({type(error).__name__}: {error}); download it again"
                 ) from error
+            _check_processor(family, checkpoint)
         if device is not None:
             module.to(device)
         check_finite(module, _places(checkpoint))
@@ -113,6 +114,7 @@ class LALM:
         """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
         checkpoint = find_checkpoint(settings, weights=False)
         module, family = _family(settings, checkpoint).outline(checkpoint)
+        _check_processor(family, checkpoint)
         module.to(_dtype(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
@@ -152,11 +154,13 @@ class LALM:
         """Token table and model inputs of a clip and a question; nothing is computed by the model yet.
 
         Raises:
-            ModelError: a layout the family lacks, no audio position, or a question the tokenizer rewrites.
+            ModelError: a layout the family lacks, no audio position, a control token in the prompt, a question the
+                tokenizer rewrites, or a token the model has no embedding for.
         """
         if layout not in self.family.layouts:
             known = ", ".join(self.family.layouts)
             raise ModelError(f"prompt layout {layout!r}: this model has {known}; set prompt.layout to one of these")
+        self.family.refuse_control_tokens(prompt)
         tensors = {name: value.to(self.device) for name, value in self.family.inputs(waveform, prompt, layout).items()}
         if tensors["input_ids"].shape[0] != 1:
             raise ModelError(f"expected one sequence per clip, got {tensors['input_ids'].shape[0]}")
@@ -212,8 +216,10 @@ class LALM:
         """First token of each option where it follows the response phrase, in the prompt's order of options.
 
         Raises:
-            ModelError: an option merges with the phrase before it, or two options begin with the same token.
+            ModelError: a control token in the prompt, an option that merges with the phrase before it, or two options
+                that begin with the same token.
         """
+        self.family.refuse_control_tokens(prompt)
         before = self.family.text_ids(prompt, layout)
         blank = " " if target == "leading_space" else ""
         ids = []
@@ -225,6 +231,7 @@ class LALM:
                     "no first token of its own; set prompt.target=leading_space or change the phrase"
                 )
             ids.append(after[len(before)])
+        self._check_range(ids, self._head.weight.shape[0], "output")
         if len(set(ids)) < len(ids):
             clashes = [option for option, id in zip(prompt.options, ids, strict=True) if ids.count(id) > 1]
             raise ModelError(
@@ -252,6 +259,9 @@ class LALM:
         if not bool(audio.any()):
             raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
         numbers: list[int] = ids.tolist()
+        rows: int = self.module.get_input_embeddings().weight.shape[0]
+        # Placeholders of audio may lie beyond: they are overwritten.
+        self._check_range([number for number, heard in zip(numbers, audio, strict=True) if not heard], rows, "input")
         tokenizer = self.family.tokenizer
         texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
         if roles is not None:
@@ -263,6 +273,13 @@ class LALM:
         # Ids between two clips are neither before nor after the audio: they count as template.
         between = ["audio" if audio[i] else "template" for i in range(first, end)]
         return TokenTable(tuple(numbers), texts, ("pre",) * first + tuple(between) + tuple(after))
+
+    def _check_range(self, ids: list[int], rows: int, which: str) -> None:
+        if max(ids) >= rows:
+            raise ModelError(
+                f"{self.id or type(self.module).__name__}: its tokenizer gives token {max(ids)}, but its {which} "
+                f"embeddings have {rows} rows; tokenizer and weights are of different checkpoints, download both again"
+            )
 
     def _envoy(self, module: nn.Module) -> Any:
         """nnsight's wrapper of a submodule."""
@@ -280,6 +297,13 @@ def _family(settings: ModelSettings, checkpoint: Checkpoint) -> type[Family]:
     family = FAMILIES[settings.family]
     family.check_type(checkpoint.folder)
     return family
+
+
+def _check_processor(family: Family, checkpoint: Checkpoint) -> None:
+    """Tokenizer and chat template make a prompt: a damaged one is found here, where its file can be named."""
+    folder = checkpoint.parts["decoder"].folder if "decoder" in checkpoint.parts else checkpoint.folder
+    with opening(processor_files(folder)):
+        family.text_ids(Prompt("a", ("b", "c"), "d"), family.layouts[0])
 
 
 def _places(checkpoint: Checkpoint) -> str:
