@@ -7,6 +7,7 @@ refused by name.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,9 @@ def _advice(missing: set[str], unexpected: set[str]) -> str:
             return f"their names begin with {prefix!r}: {kind}, save that with `save_pretrained`, and give its folder"
     if any("lora_" in key for key in unexpected):
         return f"it holds LoRA weights: {_WRAPPERS['base_model.model.']}, save that and give its folder"
-    key, whole = min(unexpected, default=""), min(missing, key=len, default="")
-    if whole and key.endswith(f".{whole}"):
-        return f"names begin with {key.removesuffix(whole)!r}: save the model itself, without what is around it"
+    begins = {key.partition(".")[0] for key in unexpected}
+    if len(begins) == 1 and len(unexpected) > 1 and not begins & {key.partition(".")[0] for key in missing}:
+        return f"their names begin with {begins.pop() + '.'!r}: save the model itself, without what is around it"
     return "download it again, or give the folder of a complete checkpoint in its published layout"
 
 
@@ -167,10 +168,21 @@ def _places(folder: Path, report: Mapping[str, Any]) -> str:
     entry = weights_entry(folder)
     if entry is None or not entry.name.endswith(".index.json"):
         return str(entry or folder)
-    shards = shard_of_keys(entry)
+    shards = {"": ""} | shard_of_keys(entry)
     keys = {*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    concerned = sorted({shards[key] for key in keys if key in shards})
+    concerned = sorted({shards[_published_name(key, shards)] for key in keys} - {""})
     return f"{entry} ({', '.join(concerned)})" if concerned else str(entry)
+
+
+def _published_name(key: str, published: Iterable[str]) -> str:
+    """The name in a file that a name in the model came from: transformers renames the front parts. "" for none."""
+
+    def shared(other: str) -> int:
+        pairs = zip(reversed(key.split(".")), reversed(other.split(".")), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    found = max(published, key=shared)
+    return found if shared(found) >= min(3, key.count(".") + 1) else ""
 
 
 def _listed(items: list[str]) -> str:
