@@ -15,7 +15,7 @@ import xarray as xr
 from lalm_patch.analysis import METRICS, mean_recovery, with_metric
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.config import compose
-from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError
+from lalm_patch.errors import AudioError, BusyError, ConfigError, DataError, StoreError
 from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run
 from lalm_patch.models.checkpoint import find_checkpoint
 from lalm_patch.results.dataset import build_dataset
@@ -174,6 +174,11 @@ class _Work:
     def _trace(self, store: RunStore, records: Sequence[Record], unusable: dict[str, str], spot_checks: int) -> None:
         if self.tracer is None:
             self.tracer = _open_model(self.settings, self.attribute, self.records)
+            if self.tracer.lalm.commit != self.identity["weights"]:
+                raise StoreError(
+                    f"{self.settings.model.id}: its files were {self.identity['weights']} when this run began and are "
+                    f"now {self.tracer.lalm.commit}; nothing was computed with them, run again"
+                )
             enforce(self.tracer.checks, self.settings.on_failed_check)
         _trace_all(store, self.settings, self.tracer, records, unusable, spot_checks, len(self.records))
 
