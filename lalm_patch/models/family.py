@@ -75,9 +75,9 @@ class Family(ABC):
             ModelError: it is none of the family's.
         """
         found = read_config(folder).get("model_type")
-        if found not in cls.model_types:
+        if not isinstance(found, str) or found not in cls.model_types:
             raise ModelError(f"{folder} is a checkpoint of type {found!r}, expected {' or '.join(cls.model_types)}")
-        return str(found)
+        return found
 
     @classmethod
     def _open(cls, folder: Path) -> Family:
@@ -95,6 +95,12 @@ class Family(ABC):
         """Length of the longest clip the encoder takes in, in seconds."""
         extractor = self.processor.feature_extractor
         return float(extractor.n_samples / extractor.sampling_rate)
+
+    @property
+    def mel_bins(self) -> int | None:
+        """Bins of the spectrogram the processor makes; None where they are not known."""
+        bins = getattr(getattr(self.processor, "feature_extractor", None), "feature_size", None)
+        return bins if isinstance(bins, int) else None
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -176,7 +176,7 @@ def check_weights(path: Path) -> None:
                         while content.read(2**24):
                             pass
     elif path.read_bytes()[:1] != b"\x80":  # a pickle: torch before 1.6 wrote no archives
-        raise ModelError(f"{path}: cannot be read as weights: not a file of torch, or cut; {_AGAIN}")
+        raise ModelError(f"{path}: cannot be read as weights (no file of torch); it was cut or changed, {_AGAIN}")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Generic(Family):
     def check_type(cls, folder: Path) -> str:
         """As `Family.check_type`; says why an architecture cannot be traced."""
         found = read_config(folder).get("model_type")
-        if found in REFUSED:
+        if isinstance(found, str) and found in REFUSED:
             raise ModelError(f"{folder}: a checkpoint of type {found!r} cannot be traced: {REFUSED[found]}")
         return super().check_type(folder)
 

@@ -103,7 +103,7 @@ class LALM:
                     f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder} "
                     f"({type(error).__name__}: {error}); download it again"
                 ) from error
-            _check_processor(family, checkpoint)
+            _check_processor(family, module, checkpoint)
         if device is not None:
             module.to(device)
         check_finite(module, _places(checkpoint))
@@ -114,7 +114,7 @@ class LALM:
         """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
         checkpoint = find_checkpoint(settings, weights=False)
         module, family = _family(settings, checkpoint).outline(checkpoint)
-        _check_processor(family, checkpoint)
+        _check_processor(family, module, checkpoint)
         module.to(_dtype(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
@@ -299,11 +299,21 @@ def _family(settings: ModelSettings, checkpoint: Checkpoint) -> type[Family]:
     return family
 
 
-def _check_processor(family: Family, checkpoint: Checkpoint) -> None:
-    """Tokenizer and chat template make a prompt: a damaged one is found here, where its file can be named."""
+def _check_processor(family: Family, module: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Tokenizer and chat template make a prompt, the feature extractor what the encoder takes.
+
+    One that is damaged or of another model is found here, where its file can be named.
+    """
     folder = checkpoint.parts["decoder"].folder if "decoder" in checkpoint.parts else checkpoint.folder
     with opening(processor_files(folder)):
         family.text_ids(Prompt("a", ("b", "c"), "d"), family.layouts[0])
+    wanted = getattr(getattr(module.config, "audio_config", None), "num_mel_bins", None)
+    if None not in (wanted, family.mel_bins) and wanted != family.mel_bins:
+        extractor = processor_files(checkpoint.parts.get("encoder", checkpoint).folder)
+        raise ModelError(
+            f"{extractor}: gives {family.mel_bins} mel bins, and the model's config.json says {wanted}; one of the files "
+            "is damaged or of another checkpoint, download both again"
+        )
 
 
 def _places(checkpoint: Checkpoint) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lalm_patch.errors import ModelError
-from lalm_patch.models.files import ADAPTER_CONFIG, opening, shard_of_keys, weights_entry
+from lalm_patch.models.files import ADAPTER_CONFIG, opening, read_config, shard_of_keys, weights_entry
 
 SHOWN_KEYS = 10
 RECOMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
@@ -52,7 +53,7 @@ def load_pretrained(
             "on installed packages; merge them into the model (`merge_and_unload()`), or move them away"
         )
     given = {name: value for name, value in weights.items() if value is not None}
-    with opening(where):
+    with opening(where + _quantised(folder)):
         module, report = model_class.from_pretrained(
             folder,
             local_files_only=True,
@@ -149,6 +150,26 @@ def _finite(weight: Tensor) -> bool:
         return True
     low, high = weight.detach().aminmax()  # both are nan if one number is
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _quantised(folder: Path) -> str:
+    """How a checkpoint is quantised, for messages; "" for not at all.
+
+    Raises:
+        ModelError: a way transformers does not know, which it would leave out with a line in its log.
+    """
+    settings = read_config(folder).get("quantization_config")
+    if settings is None:
+        return ""
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method not in {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}:
+        raise ModelError(
+            f"{folder / 'config.json'}: quantised in a way transformers does not know ({method!r}); give a checkpoint "
+            "in bfloat16, float16 or float32"
+        )
+    return f": quantised with {method}"
 
 
 def _advice(missing: set[str], unexpected: set[str]) -> str:
