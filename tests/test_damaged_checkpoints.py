@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import load
 from damaged_checkpoints import POINTER, Tiny, save_tinies
 from huggingface_hub import HfApi, ModelInfo
 from safetensors.torch import load_file, save_file
@@ -204,7 +205,7 @@ def test_indices_of_shards(tinies: dict[str, Tiny], tmp_path: Path) -> None:
 
         return apply
 
-    no_map, gone = rf"{index}: expected a `weight_map`", r"gone\.safetensors: no such file; the checkpoint"
+    no_map = rf"{index}: expected a `weight_map`"
     cases: list[tuple[Damage, str]] = [
         (mapped(lambda found: {}), no_map),
         (mapped(lambda found: list(found)), no_map),

@@ -311,8 +311,8 @@ def _check_processor(family: Family, module: PreTrainedModel, checkpoint: Checkp
     if None not in (wanted, family.mel_bins) and wanted != family.mel_bins:
         extractor = processor_files(checkpoint.parts.get("encoder", checkpoint).folder)
         raise ModelError(
-            f"{extractor}: gives {family.mel_bins} mel bins, and the model's config.json says {wanted}; one of the files "
-            "is damaged or of another checkpoint, download both again"
+            f"{extractor}: gives {family.mel_bins} mel bins, and the model's config.json says {wanted}; one of the "
+            "files is damaged or of another checkpoint, download both again"
         )
 
 
