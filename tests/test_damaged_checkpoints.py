@@ -180,11 +180,13 @@ def test_damaged_tokenizers_and_templates(tinies: dict[str, Tiny], tmp_path: Pat
 def test_missing_tokenizers(tinies: dict[str, Tiny], tmp_path: Path) -> None:
     for kind, name in (
         ("shards", "tokenizer.json"),
+        ("shards", "tokenizer_config.json"),
         ("shards", "processor_config.json"),
         ("voxtral", "tekken.json"),
         ("generic", "tokenizer.json"),
         ("qwen_audio", "qwen.tiktoken"),
         ("desta25", "tokenizer.json"),
+        ("desta25", "tokenizer_config.json"),
     ):
         tiny = tinies[kind].copy(tmp_path / f"{kind}-{name}")
         folder = tiny.folders[1 if kind == "desta25" else 0]

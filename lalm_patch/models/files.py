@@ -224,6 +224,8 @@ def check_small_files(folder: Path) -> None:
     config = folder / "config.json"
     if not (config.is_symlink() or config.exists()):
         raise ModelError(f"{folder}: {without_config(path.name for path in folder.iterdir())}")
+    if (folder / "tokenizer.json").exists():  # without its settings it would open as a tokenizer of another class
+        check_file(folder / "tokenizer_config.json")
     for name in (*JSON_FILES, *TEXT_FILES, *OTHER_FILES):
         path = folder / name
         if not (path.is_symlink() or path.exists()):
