@@ -139,7 +139,7 @@ def test_qwen_audio_prompts(qwen: tuple[Any, Any, Any]) -> None:
     base = qwen_audio_base_prompt(tokenizer, PIECES, RESPONSE, audio_tokens=[2])
     assert tokenizer.decode(base.ids) == f"<audio>{pad * 2}</audio>{QUESTION} {RESPONSE}"
     assert said(tokenizer, base, "response") == f" {RESPONSE}"
-    with pytest.raises(ModelError, match="expected 4 audio positions for clips of"):
+    with pytest.raises(ModelError, match=r"question .* holds '<audio>', the name of a control token"):
         qwen_audio_base_prompt(tokenizer, "What is <audio>?", audio_tokens=[2])
     with pytest.raises(ModelError, match="every clip needs one vector"):
         qwen_audio_base_prompt(tokenizer, QUESTION, audio_tokens=[])
@@ -186,7 +186,7 @@ def test_qwen_tokenizer_merges_by_rank(tmp_path: Path) -> None:
     file.write_text("YQ== 0\n")
     with pytest.raises(ModelError, match="ranks 0 to 0 once each and every single byte"):
         read_qwen_tokenizer(file)
-    with pytest.raises(ModelError, match="tokenizer file is needed"):
+    with pytest.raises(ModelError, match="none: no such file; the checkpoint is incomplete"):
         read_qwen_tokenizer(tmp_path / "none")
 
 

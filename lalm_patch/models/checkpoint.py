@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.files import check_all_weights, check_small_files, read_config, read_files, without_config
+from lalm_patch.models.fingerprint import check_against_hub, fingerprint, published_checksums, stamp
 from lalm_patch.settings import ModelSettings
 
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
@@ -38,9 +39,9 @@ BUNDLED = {
 }
 """Checkpoints that come with the package, by the id that means them."""
 DEMO_FOLDER = BUNDLED["demo"]
+LOCAL = "local:"
+_BY_FILES = ":"  # before a fingerprint; a commit has none
 _LOOK_UP_SECONDS = 10.0
-_PROBE_BYTES = 2**20
-_FINGERPRINTED = (".json", ".safetensors", ".bin", ".pth", ".txt", ".jinja", ".model", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Checkpoint:
     Attributes:
         folder: where its files are.
         id: what the user asked for.
-        commit: the hub's commit; for a local folder a fingerprint of its files.
+        commit: the hub's commit; for a local folder `local:` and a fingerprint of every byte of its files. A copy from
+            the hub that lost its files' checksums on the way has both.
         parts: the repositories of a model that is published in several, by `PART_FIELDS`' names.
     """
 
@@ -62,12 +64,44 @@ class Checkpoint:
     @property
     def local(self) -> bool:
         """Whether it is a folder of the user's (or the demo), not a copy of a repository on the hub."""
-        return self.commit.startswith("local:")
+        return self.commit.startswith(LOCAL)
 
     @property
     def revision(self) -> str:
         """Commits of the checkpoint and of its parts: what the numbers depend on."""
         return "+".join([self.commit, *(part.commit for part in self.parts.values())])
+
+    @contextmanager
+    def verified(self) -> Iterator[None]:
+        """What is opened inside comes from whole files with the contents that `revision` says.
+
+        Reads every byte once, whatever was remembered of the files, and looks afterwards whether one was written to.
+
+        Raises:
+            ModelError: names the file that is damaged or changed.
+        """
+        repositories = (self, *self.parts.values())
+        for repository in repositories:
+            check_all_weights(repository.folder)
+            check_against_hub(repository.folder)
+            repository._check_identity()
+        before = {path: stamp(path) for repository in repositories for path in read_files(repository.folder)}
+        yield
+        for path, was in before.items():
+            if not path.is_file() or stamp(path) != was:
+                raise ModelError(f"{path}: was written to while the model was opened; run again when that is over")
+
+    def _check_identity(self) -> None:
+        kind, mark, noted = self.commit.rpartition(_BY_FILES)
+        if not mark:
+            return
+        found = fingerprint(self.folder, remembered=False)
+        if found != noted:
+            files = ", ".join(path.name for path in read_files(self.folder))
+            raise ModelError(
+                f"{self.folder}: its files ({files}) are no longer those of {kind}{mark}{noted}, now {found}: they "
+                "were changed since, or the disk is faulty; check them and run again"
+            )
 
 
 def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpoint:
@@ -80,8 +114,9 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
     Raises:
         ModelError: as `find_repository`.
     """
-    found = find_repository(settings.id, settings.revision, weights=weights)
-    named = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    pinned = settings.revision if (settings.revision or "").startswith(LOCAL) else None
+    found = find_repository(settings.id, None if pinned else settings.revision, weights=weights)
+    named = read_config(found.folder)
     parts = {}
     for part, fields in PART_FIELDS.items():
         own = next((named[name] for name in fields if name in named), None)
@@ -92,7 +127,13 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
             raise ModelError(
                 f"model.{part}={getattr(settings, part)}: {settings.id} is one whole checkpoint, leave model.{part} out"
             )
-    return Checkpoint(found.folder, found.id, found.commit, parts)
+    checkpoint = Checkpoint(found.folder, found.id, found.commit, parts)
+    if pinned and checkpoint.revision != pinned:
+        raise ModelError(
+            f"model.revision={pinned}: the files of {found.folder} are {checkpoint.revision}, so not those that were "
+            "asked for; give the folder that has them, or leave model.revision out"
+        )
+    return checkpoint
 
 
 def find_repository(
@@ -112,31 +153,47 @@ def find_repository(
     if bundled := BUNDLED.get(identifier):
         if not (bundled / "config.json").is_file():
             raise ModelError(f"{setting}={identifier}: the demo is missing from {bundled}; reinstall lalm_patch")
-        return Checkpoint(bundled, identifier, _fingerprint(bundled))
+        return _local(bundled, identifier, revision, setting)
     folder = Path(identifier).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{setting}={identifier}: the folder has no config.json, so it is not a checkpoint")
-        return Checkpoint(folder, identifier, _fingerprint(folder))
+    try:
+        is_folder = folder.is_dir()
+        if is_folder:
+            next(folder.iterdir(), None)
+    except OSError as error:
+        raise ModelError(
+            f"{setting}={identifier}: the folder cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    if is_folder:
+        return _local(folder, identifier, revision, setting)
+    if folder.exists():
+        raise ModelError(f"{setting}={identifier}: a file, expected a checkpoint's folder; give the folder it is in")
+    if folder.is_symlink():
+        raise ModelError(f"{setting}={identifier}: a symbolic link to {folder.readlink()}, where there is no folder")
     if identifier.startswith((".", "~", os.sep)):
         raise ModelError(f"{setting}={identifier}: no such folder; give an existing folder or a hub id like owner/name")
     return _from_hub(identifier, revision, setting, weights)
 
 
-def _fingerprint(folder: Path) -> str:
-    """Tells two local checkpoints apart: names, sizes, and the first and last MiB of every file.
+def _local(folder: Path, identifier: str, revision: str | None, setting: str) -> Checkpoint:
+    if revision is not None:
+        raise ModelError(
+            f"model.revision={revision}: {setting}={identifier} is a folder, which has no branches or commits; leave "
+            "model.revision out, or give the fingerprint of the folder that is meant (local:..., as in its results)"
+        )
+    check_small_files(folder)
+    return Checkpoint(folder, identifier, f"{LOCAL}{fingerprint(folder)}")
 
-    Reading 15 GB of weights only to name them would take longer than many runs.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _FINGERPRINTED):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_PROBE_BYTES))
-            file.seek(max(0, size - _PROBE_BYTES))
-            digest.update(file.read(_PROBE_BYTES))
-    return f"local:{digest.hexdigest()[:16]}"
+
+def _downloaded(folder: Path, identifier: str, commit: str, setting: str) -> Checkpoint:
+    """A copy of a hub's repository. Its commit says what is in it only where the files can be compared with it."""
+    try:
+        check_small_files(folder)
+    except ModelError as error:
+        raise ModelError(f"{setting}={identifier}: {error}") from error
+    known = published_checksums(folder)
+    if all(path in known for path in read_files(folder)):
+        return Checkpoint(folder, identifier, commit)
+    return Checkpoint(folder, identifier, f"{commit}{_BY_FILES}{fingerprint(folder)}")
 
 
 def _from_hub(identifier: str, revision: str | None, setting: str, weights: bool) -> Checkpoint:
@@ -160,6 +217,8 @@ def _from_hub(identifier: str, revision: str | None, setting: str, weights: bool
     except Exception as error:  # whatever else a network does: what is in the cache can still be used
         return _from_cache(identifier, revision, setting, error)
     names = [file.rfilename for file in info.siblings or []]
+    if "config.json" not in names:
+        raise ModelError(f"{setting}={identifier}: {page} {without_config(iter(names))}")
     patterns = [*SMALL_FILES, *(_weight_patterns(names) if weights else ())]
     try:
         folder = snapshot_download(
@@ -172,7 +231,7 @@ def _from_hub(identifier: str, revision: str | None, setting: str, weights: bool
             f"{setting}={identifier}: the download failed ({type(error).__name__}: {error}); try again, or give a "
             f"local folder with {setting}=/path/to/folder"
         ) from error
-    return Checkpoint(Path(folder), identifier, str(info.sha))
+    return _downloaded(Path(folder), identifier, str(info.sha), setting)
 
 
 def _weight_patterns(names: Sequence[str]) -> tuple[str, ...]:
@@ -195,4 +254,4 @@ def _from_cache(identifier: str, revision: str | None, setting: str, error: Exce
             f"{setting}={identifier}: not in the local cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}); connect, or give a local folder with {setting}=/path/to/checkpoint"
         ) from None
-    return Checkpoint(folder, identifier, folder.name)
+    return _downloaded(folder, identifier, folder.name, setting)

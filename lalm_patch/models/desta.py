@@ -74,6 +74,7 @@ class Desta25(Desta2):
     layouts = ("chat", "user")
     release = native.DESTA25
     longest_transcript = 128
+    marks = ("<|AUDIO|>", "<start_audio>", "<end_audio>")  # the original's places for clips; plain text to Llama
 
     def build(self, prompt: Prompt, layout: str, response: str, audio_positions: int | None) -> native.NativePrompt:
         """System turn, then the clip's line and the question in the user's turn."""

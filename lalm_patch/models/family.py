@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +12,10 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Pr
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import Checkpoint
+from lalm_patch.models.controls import refuse_control_tokens
+from lalm_patch.models.files import opening, processor_files, read_config
 from lalm_patch.models.tokens import Clock
+from lalm_patch.models.weights import load_pretrained
 from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 
 
@@ -55,15 +57,14 @@ class Family(ABC):
             ModelError: a checkpoint of another architecture, or a package its processor needs is missing.
         """
         family = cls._open(checkpoint.folder)
-        module = AutoModelForMultimodalLM.from_pretrained(checkpoint.folder, local_files_only=True, **weights)
-        return module, family
+        return load_pretrained(AutoModelForMultimodalLM, checkpoint.folder, **weights), family
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Family]:
         """As `load`, the model on the meta device: shapes only, the weights need not be there."""
         family = cls._open(checkpoint.folder)
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        with torch.device("meta"):
+        with opening(f"{checkpoint.folder / 'config.json'}"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
             return AutoModelForMultimodalLM.from_config(config), family
 
     @classmethod
@@ -73,20 +74,16 @@ class Family(ABC):
         Raises:
             ModelError: it is none of the family's.
         """
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if found not in cls.model_types:
+        found = read_config(folder).get("model_type")
+        if not isinstance(found, str) or found not in cls.model_types:
             raise ModelError(f"{folder} is a checkpoint of type {found!r}, expected {' or '.join(cls.model_types)}")
-        return str(found)
+        return found
 
     @classmethod
     def _open(cls, folder: Path) -> Family:
         cls.check_type(folder)
-        try:
+        with opening(processor_files(folder)):
             return cls(AutoProcessor.from_pretrained(folder, local_files_only=True))
-        except ImportError as error:
-            raise ModelError(
-                f"{folder}: the processor needs a package that is missing ({error}); install it with pip"
-            ) from error
 
     @property
     def tokenizer(self) -> Any:
@@ -98,6 +95,31 @@ class Family(ABC):
         """Length of the longest clip the encoder takes in, in seconds."""
         extractor = self.processor.feature_extractor
         return float(extractor.n_samples / extractor.sampling_rate)
+
+    @property
+    def mel_bins(self) -> int | None:
+        """Bins of the spectrogram the processor makes; None where they are not known."""
+        bins = getattr(getattr(self.processor, "feature_extractor", None), "feature_size", None)
+        return bins if isinstance(bins, int) else None
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names that mean something to the processor although the tokenizer may have no token for them."""
+        named = vars(self.processor) if self.processor is not None else {}
+        return tuple(value for name, value in named.items() if name.endswith("_token") and isinstance(value, str))
+
+    def refuse_control_tokens(self, prompt: Prompt) -> None:
+        """A prompt's texts are text, alone and joined.
+
+        Raises:
+            ModelError: names the text and the control token it holds.
+        """
+        texts = {"question": prompt.question, "response phrase": prompt.response, "transcript": prompt.transcript}
+        texts |= {f"option {number}": option for number, option in enumerate(prompt.options, start=1)}
+        texts["prompt"] = prompt.flat_text
+        for number, option in enumerate(prompt.options, start=1):
+            texts[f"response phrase with option {number}"] = prompt.response + option
+        refuse_control_tokens(self.tokenizer, texts, self.marks)
 
     def clock(self, samples: int) -> Clock:
         """When the audio positions of a clip of so many samples at 16 kHz are."""

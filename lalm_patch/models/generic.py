@@ -7,7 +7,6 @@ architecture does otherwise is refused here with the reason, or found by the pro
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from transformers.utils import is_peft_available
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import Checkpoint
 from lalm_patch.models.family import Family
+from lalm_patch.models.files import opening, processor_files, read_config, read_json, read_text
+from lalm_patch.models.weights import load_pretrained
 from lalm_patch.stimuli import SAMPLING_RATE, Prompt
 
 
@@ -100,13 +101,8 @@ class Generic(Family):
         family = cls._open(folder)
         architecture = family.architecture
         model_class: Any = getattr(transformers, architecture.model_class)
-        module, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **weights)
-        # transformers would fill gaps with random numbers. Surplus weights are an omni model's parts that speak.
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"{folder}: {len(missing)} weights of {architecture.model_class} are not in the checkpoint, the first "
-                f"is {missing[0]}; expected a complete checkpoint in transformers' own layout"
-            )
+        # Surplus weights that the class knows and leaves out (an omni model's parts that speak) are not in the report.
+        module = load_pretrained(model_class, folder, adapter=architecture.adapter == ".", **weights)
         _hear_with_adapter(module, folder, architecture.adapter)
         return module, family
 
@@ -115,25 +111,23 @@ class Generic(Family):
         """As `Family.outline`, without LoRA weights."""
         family = cls._open(checkpoint.folder)
         model_class: Any = getattr(transformers, family.architecture.model_class)
-        config = model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
-        with torch.device("meta"):
+        with opening(str(checkpoint.folder / "config.json")), torch.device("meta"):
+            config = model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
             return model_class(config), family
 
     @classmethod
     def check_type(cls, folder: Path) -> str:
         """As `Family.check_type`; says why an architecture cannot be traced."""
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if found in REFUSED:
+        found = read_config(folder).get("model_type")
+        if isinstance(found, str) and found in REFUSED:
             raise ModelError(f"{folder}: a checkpoint of type {found!r} cannot be traced: {REFUSED[found]}")
         return super().check_type(folder)
 
     @classmethod
     def _open(cls, folder: Path) -> Generic:
         architecture = ARCHITECTURES[cls.check_type(folder)]
-        try:
+        with opening(processor_files(folder)):
             return cls(_processor(folder, architecture), architecture)
-        except ImportError as error:
-            raise ModelError(f"{folder}: the processor needs a package that is missing: {error}") from error
 
     @property
     def max_seconds(self) -> float:
@@ -200,7 +194,8 @@ def _hear_with_adapter(module: PreTrainedModel, folder: Path, adapter: str | Non
     if adapter == ".":
         module.enable_adapters()
     else:
-        module.load_adapter(str(folder / adapter))
+        with opening(str(folder / adapter)):
+            module.load_adapter(str(folder / adapter))
 
 
 def _processor(folder: Path, architecture: Architecture) -> Any:
@@ -225,6 +220,6 @@ def _template(folder: Path, tokenizer: Any) -> str | None:
     """The chat template, from whichever file the checkpoint keeps it in."""
     for name in ("chat_template.jinja", "chat_template.json"):
         if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8")
-            return str(json.loads(text)["chat_template"]) if name.endswith("json") else text
+            path = folder / name
+            return str(read_json(path)["chat_template"]) if name.endswith("json") else read_text(path)
     return str(tokenizer.chat_template) if tokenizer.chat_template else None

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
+from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
+from lalm_patch.models.weights import check_finite
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Prompt
 
@@ -92,16 +94,27 @@ class LALM:
         checkpoint = find_checkpoint(settings)
         weights, device = _placement(settings)
         weights["attn_implementation"] = settings.attn_implementation
-        module, family = _open(settings, checkpoint, lambda family: family.load(checkpoint, **weights))
+        family_class = _family(settings, checkpoint)
+        with checkpoint.verified():
+            try:
+                module, family = family_class.load(checkpoint, **weights)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(
+                    f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder} "
+                    f"({type(error).__name__}: {error}); download it again"
+                ) from error
+            _check_processor(family, module, checkpoint)
         if device is not None:
             module.to(device)
+        check_finite(module, _places(checkpoint))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
     @classmethod
     def outline(cls, settings: ModelSettings) -> LALM:
         """As `load`, on the meta device: prompts and shapes, nothing can be computed; needs no weights."""
         checkpoint = find_checkpoint(settings, weights=False)
-        module, family = _open(settings, checkpoint, lambda family: family.outline(checkpoint))
+        module, family = _family(settings, checkpoint).outline(checkpoint)
+        _check_processor(family, module, checkpoint)
         module.to(_dtype(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
@@ -141,11 +154,13 @@ class LALM:
         """Token table and model inputs of a clip and a question; nothing is computed by the model yet.
 
         Raises:
-            ModelError: a layout the family lacks, no audio position, or a question the tokenizer rewrites.
+            ModelError: a layout the family lacks, no audio position, a control token in the prompt, a question the
+                tokenizer rewrites, or a token the model has no embedding for.
         """
         if layout not in self.family.layouts:
             known = ", ".join(self.family.layouts)
             raise ModelError(f"prompt layout {layout!r}: this model has {known}; set prompt.layout to one of these")
+        self.family.refuse_control_tokens(prompt)
         tensors = {name: value.to(self.device) for name, value in self.family.inputs(waveform, prompt, layout).items()}
         if tensors["input_ids"].shape[0] != 1:
             raise ModelError(f"expected one sequence per clip, got {tensors['input_ids'].shape[0]}")
@@ -201,8 +216,10 @@ class LALM:
         """First token of each option where it follows the response phrase, in the prompt's order of options.
 
         Raises:
-            ModelError: an option merges with the phrase before it, or two options begin with the same token.
+            ModelError: a control token in the prompt, an option that merges with the phrase before it, or two options
+                that begin with the same token.
         """
+        self.family.refuse_control_tokens(prompt)
         ids = self._first_ids(prompt, layout, target)
         if None not in ids and len(set(ids)) == len(ids):
             return tuple(id for id in ids if id is not None)
@@ -232,6 +249,7 @@ class LALM:
             after = self.family.text_ids(prompt, layout, continuation=blank + option)
             separate = after[: len(before)] == before and len(after) > len(before)
             ids.append(after[len(before)] if separate else None)
+        self._check_range([id for id in ids if id is not None], self._head.weight.shape[0], "output")
         return ids
 
     def logits(self, states: Tensor, gradient: bool = False) -> Tensor:
@@ -253,6 +271,9 @@ class LALM:
         if not bool(audio.any()):
             raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
         numbers: list[int] = ids.tolist()
+        rows: int = self.module.get_input_embeddings().weight.shape[0]
+        # Placeholders of audio may lie beyond: they are overwritten.
+        self._check_range([number for number, heard in zip(numbers, audio, strict=True) if not heard], rows, "input")
         tokenizer = self.family.tokenizer
         texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
         if roles is not None:
@@ -265,6 +286,13 @@ class LALM:
         between = ["audio" if audio[i] else "template" for i in range(first, end)]
         return TokenTable(tuple(numbers), texts, ("pre",) * first + tuple(between) + tuple(after))
 
+    def _check_range(self, ids: list[int], rows: int, which: str) -> None:
+        if max(ids) >= rows:
+            raise ModelError(
+                f"{self.id or type(self.module).__name__}: its tokenizer gives token {max(ids)}, but its {which} "
+                f"embeddings have {rows} rows; tokenizer and weights are of different checkpoints, download both again"
+            )
+
     def _envoy(self, module: nn.Module) -> Any:
         """nnsight's wrapper of a submodule."""
         return operator.attrgetter(self._path(module))(self.traced)
@@ -274,19 +302,36 @@ class LALM:
         return path
 
 
-def _open(
-    settings: ModelSettings,
-    checkpoint: Checkpoint,
-    opened: Callable[[type[Family]], tuple[PreTrainedModel, Family]],
-) -> tuple[PreTrainedModel, Family]:
+def _family(settings: ModelSettings, checkpoint: Checkpoint) -> type[Family]:
+    """The adapter of these settings, if the checkpoint is one of its."""
     if settings.family not in FAMILIES:
         raise ConfigError(f"model.family={settings.family!r}: expected one of {', '.join(FAMILIES)}")
-    try:
-        return opened(FAMILIES[settings.family])
-    except (OSError, ValueError, KeyError) as error:
+    family = FAMILIES[settings.family]
+    family.check_type(checkpoint.folder)
+    return family
+
+
+def _check_processor(family: Family, module: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Tokenizer and chat template make a prompt, the feature extractor what the encoder takes.
+
+    One that is damaged or of another model is found here, where its file can be named.
+    """
+    folder = checkpoint.parts["decoder"].folder if "decoder" in checkpoint.parts else checkpoint.folder
+    with opening(processor_files(folder)):
+        family.text_ids(Prompt("a", ("b", "c"), "d"), family.layouts[0])
+    wanted = getattr(getattr(module.config, "audio_config", None), "num_mel_bins", None)
+    if None not in (wanted, family.mel_bins) and wanted != family.mel_bins:
+        extractor = processor_files(checkpoint.parts.get("encoder", checkpoint).folder)
         raise ModelError(
-            f"model.id={settings.id}: cannot be opened as family {settings.family!r} from {checkpoint.folder}: {error}"
-        ) from error
+            f"{extractor}: gives {family.mel_bins} mel bins, and the model's config.json says {wanted}; one of the "
+            "files is damaged or of another checkpoint, download both again"
+        )
+
+
+def _places(checkpoint: Checkpoint) -> str:
+    """Where a model's weights are, for messages."""
+    folders = [repository.folder for repository in (checkpoint, *checkpoint.parts.values())]
+    return ", ".join(str(weights_entry(folder) or folder) for folder in folders)
 
 
 def _role(module: PreTrainedModel, getter: str, what: str) -> Any:

@@ -38,6 +38,11 @@ class NativeFamily(Family):
         """Whisper's window in seconds."""
         return float(self.extractor.n_samples / self.extractor.sampling_rate)
 
+    @property
+    def mel_bins(self) -> int | None:
+        """Bins of Whisper's spectrogram."""
+        return int(self.extractor.feature_size)
+
     @abstractmethod
     def build(self, prompt: Prompt, layout: str, response: str, audio_positions: int | None) -> NativePrompt:
         """The prompt with `response` in the assistant's turn; `audio_positions` None for any number."""

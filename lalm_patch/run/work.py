@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.checks import Check, enforce, to_json, worst
-from lalm_patch.errors import BusyError
+from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.results import build_dataset
 from lalm_patch.run.plan import LeftOut, RunPlan, left_out
 from lalm_patch.stimuli import Look, Record
@@ -135,6 +135,11 @@ def _open(plan: RunPlan) -> _Opened:
     else:
         log.info("loading %s (%s)", settings.model.name, settings.model.id)
         tracer = Tracer(LALM.load(settings.model), plan.attribute, settings, records)
+    if tracer.lalm.commit != plan.identity["weights"]:
+        raise StoreError(
+            f"{settings.model.id}: its files were {plan.identity['weights']} when this run began and are now "
+            f"{tracer.lalm.commit}; nothing was computed with them, run again"
+        )
     enforce(tracer.checks, settings.on_failed_check)
     return _Opened(tracer, out)
 

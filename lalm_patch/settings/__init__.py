@@ -52,7 +52,8 @@ class ModelSettings:
         name: short name; part of the run folder's name.
         family: the adapter that knows its processor and prompt (`lalm_patch.models.FAMILIES`).
         id: hub id, or a local folder in the same layout. `demo` is the model shipped with the package.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub; for a folder the fingerprint that results carry (`local:...`), so
+            that other files are refused.
         decoder: hub id or folder of the language model, where the checkpoint is only a connector; null for the one the
             checkpoint names.
         encoder: likewise, of the audio encoder.

@@ -20,12 +20,12 @@ from transformers import (
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import PART_FIELDS, find_repository
+from lalm_patch.models.files import opening, read_config
 from lalm_patch.models.native.desta import DESTA2_TAPS, DESTA25_TAPS, DestaConfig, DestaForConditionalGeneration
 from lalm_patch.models.native.prompts import DESTA2_PLACEHOLDER, DESTA25_PLACEHOLDER
 from lalm_patch.models.native.qformer import DestaConnector, connector_keys
-from lalm_patch.models.native.repository import check_keys, check_shapes, field, read_config, read_file
-
-IGNORABLE_KEYS = ("rotary_emb.inv_freq",)
+from lalm_patch.models.native.repository import field, read_file
+from lalm_patch.models.weights import check_keys, check_shapes, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ def load_desta(
     # The connector is compared before gigabytes are read.
     _load_connector(model.multi_modal_projector, folders.connector / release.file, release.prefix, encoder_dtype)
     weights = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-    llama = _from_pretrained(AutoModelForCausalLM, folders.decoder, "model.decoder", **weights)
-    whisper = _from_pretrained(WhisperForConditionalGeneration, folders.encoder, "model.encoder", dtype=encoder_dtype)
+    llama = load_pretrained(AutoModelForCausalLM, folders.decoder, setting="model.decoder", **weights)
+    whisper = load_pretrained(
+        WhisperForConditionalGeneration, folders.encoder, setting="model.encoder", dtype=encoder_dtype
+    )
     device = llama.get_input_embeddings().weight.device
     model.config.text_config = llama.config
     model.language_model = llama.get_decoder()
@@ -96,10 +98,9 @@ def load_desta(
     if device.type != "meta":  # offloaded embeddings have no device of their own
         model.audio_tower.to(device)
         model.multi_modal_projector.to(device)
-    model.attach_transcriber(
-        whisper.eval().requires_grad_(False),
-        WhisperTokenizerFast.from_pretrained(folders.encoder, local_files_only=True),
-    )
+    with opening(f"model.encoder={folders.encoder}: its tokenizer"):
+        words = WhisperTokenizerFast.from_pretrained(folders.encoder, local_files_only=True)
+    model.attach_transcriber(whisper.eval().requires_grad_(False), words)
     return model.eval(), tokenizer, extractor
 
 
@@ -150,20 +151,26 @@ def _outline(release: DestaRelease, folders: _Folders) -> Opened:
             f"{folders.connector}: expected connector_mode 'qformer_1' without LoRA, got {mode!r} with "
             f"use_lora={published.get('use_lora', False)}; only the released DeSTA architectures are supported"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folders.decoder, local_files_only=True)
+    with opening(f"model.decoder={folders.decoder}: its configuration and tokenizer"):
+        text_config = AutoConfig.from_pretrained(folders.decoder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folders.decoder, local_files_only=True)
     tokenizer.clean_up_tokenization_spaces = False  # decoding must give the text that was tokenised
-    audio_config = AutoConfig.from_pretrained(folders.encoder, local_files_only=True)
-    config = DestaConfig(
-        text_config=AutoConfig.from_pretrained(folders.decoder, local_files_only=True),
-        audio_config=audio_config,
-        taps=_taps(release.taps, audio_config, folders.encoder),
-        prompt_size=published.get("prompt_size", 64),
-        qformer_layers=published.get("qformer_num_hidden_layers", 2),  # DeSTA2's config does not say: two
-        audio_token_id=tokenizer.convert_tokens_to_ids(published.get("placeholder_token", release.placeholder)),
-    )
-    with torch.device("meta"):
+    with opening(f"model.encoder={folders.encoder}: its configuration and feature extractor"):
+        audio_config = AutoConfig.from_pretrained(folders.encoder, local_files_only=True)
+        extractor = WhisperFeatureExtractor.from_pretrained(folders.encoder, local_files_only=True)
+    taps = _taps(release.taps, audio_config, folders.encoder)
+    configs = ", ".join(str(folder / "config.json") for folder in folders)
+    with opening(configs), torch.device("meta"):
+        config = DestaConfig(
+            text_config=text_config,
+            audio_config=audio_config,
+            taps=taps,
+            prompt_size=published.get("prompt_size", 64),
+            qformer_layers=published.get("qformer_num_hidden_layers", 2),  # DeSTA2's config does not say: two
+            audio_token_id=tokenizer.convert_tokens_to_ids(published.get("placeholder_token", release.placeholder)),
+        )
         model = DestaForConditionalGeneration(config)
-    return model, tokenizer, WhisperFeatureExtractor.from_pretrained(folders.encoder, local_files_only=True)
+    return model, tokenizer, extractor
 
 
 def _taps(taps: Mapping[int, tuple[int, ...]], audio_config: Any, encoder: Path) -> tuple[int, ...]:
@@ -181,15 +188,3 @@ def _load_connector(connector: DestaConnector, path: Path, prefix: str, dtype: t
     tensors = {native: published[prefix + key] for key, native in keys.items()}
     check_shapes(tensors, connector.state_dict(), str(path))
     connector.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
-
-
-def _from_pretrained(auto: Any, folder: Path, setting: str, **weights: Any) -> Any:
-    given = {name: value for name, value in weights.items() if value is not None}
-    try:
-        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **given)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{setting}={folder}: cannot be opened ({type(error).__name__}: {error})") from error
-    expected = set(model.state_dict())
-    found = expected.difference(info["missing_keys"]).union(info["unexpected_keys"])
-    check_keys(found, expected, f"{setting}={folder}", IGNORABLE_KEYS)
-    return model

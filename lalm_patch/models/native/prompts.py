@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.controls import refuse_control_tokens
 from lalm_patch.models.native.qwen_tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, TURN_END, TURN_START
 
 DESTA2_SYSTEM = "Focus on the input audio."
@@ -104,6 +105,7 @@ def desta2_prompt(
     """
     if layout not in DESTA2_LAYOUTS:
         raise ModelError(f"DeSTA2 layout {layout!r}: expected {' or '.join(DESTA2_LAYOUTS)}")
+    _refuse_controls(tokenizer, question, response, system, transcript)
     spoken = transcript or ""
     if layout == "fixed":
         spoken = spoken.strip()
@@ -164,6 +166,7 @@ def desta25_prompt(
     """
     if not transcripts:
         raise ModelError("DeSTA2.5 prompt: expected one transcript (or None) per clip, got none")
+    _refuse_controls(tokenizer, question, response, system, *transcripts)
     hole = _known_id(tokenizer, placeholder)
     spoken = [(text or "").strip() or (text or "") for text in transcripts]
     spoken_ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in spoken]
@@ -211,6 +214,7 @@ def qwen_audio_chat_prompt(
     Raises:
         ModelError: no clip, or tags in the text.
     """
+    _refuse_controls(tokenizer, question, response, system)
     pieces = [Piece(f"{TURN_START}system\n", "template"), Piece(system, "system")]
     pieces.append(Piece(f"{TURN_END}\n{TURN_START}user\n", "template"))
     for number, tokens in enumerate(audio_tokens, start=1):
@@ -228,6 +232,7 @@ def qwen_audio_base_prompt(
     Raises:
         ModelError: no clip, or tags in the text.
     """
+    _refuse_controls(tokenizer, question, response)
     pieces = [_qwen_span(tokens) for tokens in audio_tokens]
     asked = _question(question)
     pieces += [*asked, Piece(f" {response}" if asked and response else response, "response")]
@@ -249,6 +254,15 @@ def _qwen_prompt(tokenizer: Any, pieces: Sequence[Piece], audio_tokens: Sequence
             f"{found} audio tokens; every clip needs one vector or more, and the text must not contain audio tags"
         )
     return prompt
+
+
+def _refuse_controls(
+    tokenizer: Any, question: Question, response: str, system: str | None = None, *transcripts: str | None
+) -> None:
+    asked = question if isinstance(question, str) else "".join(text for text, _ in question)
+    texts = {"question": asked, "response phrase": response, "system text": system}
+    texts |= {f"transcript {number}": text for number, text in enumerate(transcripts, start=1)}
+    refuse_control_tokens(tokenizer, texts)
 
 
 def _question(question: Question) -> tuple[Piece, ...]:

@@ -11,11 +11,11 @@ from transformers import Qwen2Config, WhisperConfig, WhisperFeatureExtractor
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.checkpoint import find_repository
+from lalm_patch.models.files import opening, read_config, weight_files
 from lalm_patch.models.native.qwen_audio import QwenAudioConfig, QwenAudioForConditionalGeneration
 from lalm_patch.models.native.qwen_tokenizer import TOKENIZER_FILE, read_qwen_tokenizer
-from lalm_patch.models.native.repository import check_keys, check_shapes, field, read_config, read_tensors
-
-IGNORABLE_KEYS = ("rotary_emb.inv_freq", "attn.masked_bias")  # buffers, made anew from the configuration
+from lalm_patch.models.native.repository import field, read_tensors
+from lalm_patch.models.weights import check_keys, check_shapes
 
 _AROUND = {
     "transformer.wte.weight": "language_model.embed_tokens.weight",
@@ -88,16 +88,18 @@ def load_qwen_audio(
     folder = find_repository(str(location), revision).folder
     outline, tokenizer, extractor = _outline(folder)
     config = outline.config
-    tensors = convert(read_tensors(folder), key_map(config), str(folder))
-    check_shapes(tensors, outline.state_dict(), str(folder))
+    where = ", ".join(map(str, weight_files(folder)))
+    tensors = convert(read_tensors(folder), key_map(config), where)
+    check_shapes(tensors, outline.state_dict(), where)
     given = {"device_map": device_map, "attn_implementation": attn_implementation}
-    model = QwenAudioForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=dtype,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    with opening(where):
+        model = QwenAudioForConditionalGeneration.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            **{name: value for name, value in given.items() if value is not None},
+        )
     return model.eval(), tokenizer, extractor
 
 
@@ -107,11 +109,14 @@ def outline_qwen_audio(location: str | Path, *, revision: str | None = None) -> 
 
 
 def _outline(folder: Path) -> Opened:
-    config = read_qwen_audio_config(folder)
+    with opening(f"{folder / 'config.json'}"):
+        config = read_qwen_audio_config(folder)
     tokenizer = read_qwen_tokenizer(folder / TOKENIZER_FILE, audio_start_id=config.audio_token_id)
     audio: Any = config.audio_config
-    extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=audio.max_source_positions // 50)
-    with torch.device("meta"):
+    with opening(f"{folder / 'config.json'}"), torch.device("meta"):
+        extractor = WhisperFeatureExtractor(
+            feature_size=audio.num_mel_bins, chunk_length=audio.max_source_positions // 50
+        )
         return QwenAudioForConditionalGeneration(config), tokenizer, extractor
 
 
@@ -194,8 +199,12 @@ def convert(tensors: dict[str, Tensor], keys: dict[str, tuple[str, ...]], where:
     Raises:
         ModelError: missing or unexpected keys, by their published names.
     """
-    check_keys(tensors, keys, where, IGNORABLE_KEYS)
+    check_keys(tensors, keys, where)
     native: dict[str, Tensor] = {}
     for published, targets in keys.items():
-        native |= zip(targets, tensors[published].chunk(len(targets)), strict=True)
+        parts = tensors[published].chunk(len(targets))
+        if len(parts) != len(targets):
+            shape = list(tensors[published].shape)
+            raise ModelError(f"{where}: {published} is {shape}, expected {len(targets)} equal parts; download it again")
+        native |= zip(targets, parts, strict=True)
     return native

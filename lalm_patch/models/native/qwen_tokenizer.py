@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.files import check_file
 
 TOKENIZER_FILE = "qwen.tiktoken"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -71,8 +72,7 @@ def read_qwen_tokenizer(path: Path, audio_start_id: int | None = None) -> PreTra
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Tokens and their ranks, which are the numbers from 0 on."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; the checkpoint's own tokenizer file is needed, download it again")
+    check_file(path)
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:
