@@ -1,16 +1,19 @@
-"""Decoders that call their cache of keys and values one thing or another, whatever this transformers does."""
+"""What differs between versions of transformers and torch, each way of it made here, whichever are installed."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import load, noise
 
-from lalm_patch.engine import DirectEngine, ReplayEngine
+from lalm_patch.engine import DirectEngine, ReplayEngine, suffix_attention
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import token_grid
 from lalm_patch.models.cache_keyword import CACHE_KEYWORDS, cache_keyword
@@ -77,3 +80,42 @@ def test_a_decoder_without_a_cache_is_told_to_use_the_direct_engine() -> None:
 
     with pytest.raises(ModelError, match=r"forward: expected a keyword .*, got inputs_embeds, kwargs; engine=direct"):
         cache_keyword(forward)
+
+
+KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def kernel(arguments: str, returns: str) -> Any:
+    """A kernel as torch would hold it, which must not be called."""
+    parts = [[SimpleNamespace(name=name) for name in names.split()] for names in (arguments, returns)]
+    return SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=parts[0], returns=parts[1])))
+
+
+KNOWN = "query key value dropout_p is_causal attn_mask scale"
+
+
+@pytest.fixture
+def _kernel_asked_for_anew() -> Iterator[None]:
+    suffix_attention.cpu_kernel.cache_clear()
+    yield
+    suffix_attention.cpu_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("_kernel_asked_for_anew")
+@pytest.mark.parametrize(
+    "found",
+    [None, kernel(KNOWN.replace("dropout_p ", ""), "output logsumexp"), kernel(KNOWN, "output")],
+    ids=["gone", "other arguments", "other returns"],
+)
+def test_without_the_private_kernel_attention_is_the_plain_one(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(shape, generator=generator) for shape in ((3, 4, 7, 16), (3, 7, 16), (3, 7, 16)))
+    expected = suffix_attention.attend_plainly(query, key, value, 0.3, causal=True)
+    aten = SimpleNamespace() if found is None else SimpleNamespace(**{KERNEL: found})
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(aten=aten))
+    for got, wanted in zip(suffix_attention.attend(query, key, value, 0.3, causal=True), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_this_torch_has_the_kernel() -> None:
+    assert suffix_attention.cpu_kernel() is getattr(torch.ops.aten, KERNEL)
