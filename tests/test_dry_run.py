@@ -14,7 +14,7 @@ from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.config import compose
-from lalm_patch.errors import ModelError
+from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.models import LALM
 from lalm_patch.run import dry_run, load_records
 from lalm_patch.terminal import Progress
@@ -83,7 +83,7 @@ def test_passes_are_those_of_a_run(engine: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_a_run_refuses_the_dry_run_refuses(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         dry_run(compose("model=voxtral", f"model.id={tmp_path / 'nowhere'}"))
-    with pytest.raises(ModelError, match="prompt layout 'fixed': this model has chat, user, flat"):
+    with pytest.raises(ConfigError, match=r"prompt\.layout=fixed: expected one of chat, user, flat"):
         dry_run(compose("prompt.layout=fixed"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import BertConfig, LlamaForCausalLM, WhisperForConditionalGene
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.cache_keyword import CACHE_KEYWORDS
 from lalm_patch.models.native import (
     desta2_prompt,
     desta25_prompt,
@@ -159,8 +161,13 @@ def test_cache_and_kept_logits(desta25: tuple[Any, Any, Any], qwen: tuple[Any, A
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, everything[:, -2:], **CLOSE)
         head = {name: inputs[name][:, :-1] for name in ("input_ids", "audio_mask")}
         begun = model(**(inputs | head), use_cache=True)
-        step = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=begun.past_key_values)
-        torch.testing.assert_close(step.logits[:, -1], everything[:, -1], **CLOSE)
+        # As it comes out, under whichever name this transformers gives it, it goes in under either.
+        (kept,) = (begun[name] for name in begun if name in CACHE_KEYWORDS)
+        for name in CACHE_KEYWORDS:
+            step = model(input_ids=inputs["input_ids"][:, -1:], **{name: copy.deepcopy(kept)})
+            torch.testing.assert_close(step.logits[:, -1], everything[:, -1], **CLOSE)
+        with pytest.raises(ValueError, match="got both cache and past_key_values"):
+            model(**inputs, **dict.fromkeys(CACHE_KEYWORDS, kept))
         direct = model(inputs_embeds=model.embed(**inputs)).logits
         torch.testing.assert_close(direct, everything, rtol=0, atol=0)
 

@@ -198,13 +198,14 @@ class ReplayEngine:
         """States from a position on of some sites in each layer, logits of the last one, and keys and values of all."""
         wanted = [site for site in Site if site in sites - {Site.EMBED}]
         cache = DynamicCache(config=self.lalm.decoder_module.config) if keep_keys else None
+        kept = {} if cache is None else {self.lalm.cache_keyword: cache}
         with (
             torch.no_grad(),
             self.lalm.decoder.trace(
                 inputs_embeds=encoding.inputs_embeds,
                 position_ids=encoding.position_ids,
-                past_key_values=cache,
                 use_cache=keep_keys,
+                **kept,
             ),
         ):
             if Site.EMBED in sites:

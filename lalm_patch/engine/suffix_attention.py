@@ -16,9 +16,11 @@ parts are ordinary attentions with a softmax of their own; their log-sum-exps sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,14 +149,30 @@ def attend(
     Returns:
         [batch, heads, queries, head size] in the query's type, and [batch, heads, queries] in float32.
     """
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and blocked is None:
+    fused = cpu_kernel()
+    if fused and query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and blocked is None:
         shape = (-1, query.shape[1], -1, -1)
-        # The kernel behind `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key[:, None].expand(shape), value[:, None].expand(shape), 0.0, causal, scale=scale
-        )
+        out, total = fused(query, key[:, None].expand(shape), value[:, None].expand(shape), 0.0, causal, scale=scale)
         return out, total
     return attend_plainly(query, key, value, scale, causal, blocked)
+
+
+KERNEL_ARGUMENTS = ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale")
+KERNEL_RETURNS = ("output", "logsumexp")
+
+
+@cache
+def cpu_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel behind `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
+
+    Private to torch, so it may change from one version to the next: None where it is not as it is used here.
+    """
+    kernel: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is None:
+        return None
+    schema = kernel.default._schema
+    known = tuple(part.name for part in schema.arguments), tuple(part.name for part in schema.returns)
+    return kernel if known == (KERNEL_ARGUMENTS, KERNEL_RETURNS) else None
 
 
 def attend_plainly(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -213,7 +214,12 @@ def _processor(folder: Path, architecture: Architecture) -> Any:
     extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     parts = {"tokenizer": tokenizer, "feature_extractor": extractor, "audio_processor": extractor}
     wanted = {name: parts.get(name) for name in processor_class.get_attributes()}
-    return AudioOnly(**wanted, chat_template=_template(folder, tokenizer))
+    processor = AudioOnly(**wanted, chat_template=_template(folder, tokenizer))
+    if hasattr(processor, "replace_multimodal_special_tokens"):
+        # transformers 5.20 asks for the size of patches in here before it looks whether there is an image or a video.
+        for name in {"image_processor", "video_processor"} & wanted.keys():
+            setattr(processor, name, SimpleNamespace(merge_size=1))
+    return processor
 
 
 def _template(folder: Path, tokenizer: Any) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lalm_patch.errors import ConfigError, ModelError
+from lalm_patch.models.cache_keyword import cache_keyword
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
@@ -130,6 +131,16 @@ class LALM:
         """Number of attention heads in each decoder layer."""
         config: Any = self.decoder_module.config
         return int(config.num_attention_heads)
+
+    @property
+    def cache_keyword(self) -> str:
+        """The keyword under which the decoder takes its cache of keys and values.
+
+        Raises:
+            ModelError: it takes none.
+        """
+        # The class's: on the instance, nnsight and accelerate put a function of their own.
+        return cache_keyword(type(self.decoder_module).forward)
 
     @property
     def decoder_path(self) -> str:

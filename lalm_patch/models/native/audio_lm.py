@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.cache_keyword import CACHE_KEYWORDS, cache_keyword
 
 
 class NativeAudioLM(PreTrainedModel):  # type: ignore[misc]
@@ -27,7 +28,7 @@ class NativeAudioLM(PreTrainedModel):  # type: ignore[misc]
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_KEYWORDS)
 
     audio_tower: Any
     multi_modal_projector: Any
@@ -114,6 +115,7 @@ class NativeAudioLM(PreTrainedModel):  # type: ignore[misc]
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         feature_lengths: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of a prompt whose audio positions are already in `input_ids`.
@@ -124,16 +126,17 @@ class NativeAudioLM(PreTrainedModel):  # type: ignore[misc]
             audio_mask: bool [batch, positions], true where an audio vector overwrites the token's embedding.
             attention_mask: as in transformers' decoders.
             position_ids: as in transformers' decoders.
-            past_key_values: as in transformers' decoders.
+            past_key_values: as in transformers' decoders, which call it `cache` from 5.24 on.
             inputs_embeds: [batch, positions, hidden] instead of `input_ids` and audio.
             use_cache: as in transformers' decoders.
             logits_to_keep: only the last positions' logits, 0 for all; or the positions' indices.
             feature_lengths: encoder frames of each clip, see `audio_spans`.
+            cache: the same as `past_key_values`; either name goes with every version of transformers.
             kwargs: handed to the decoder.
 
         Raises:
             ModelError: as `embed`.
-            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, or both of `past_key_values` and `cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
@@ -142,23 +145,26 @@ class NativeAudioLM(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds = self.embed(input_ids, input_features, audio_mask, feature_lengths)
         elif input_features is not None:
             raise ValueError("inputs_embeds already hold the audio: pass either input_features or inputs_embeds")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_key_values is not None and cache is not None:
+            raise ValueError("expected one cache of keys and values, got both cache and past_key_values: pass one")
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else cache.get_seq_length()
         self.check_length(past + inputs_embeds.shape[1])
         kwargs.pop("return_dict", None)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{cache_keyword(type(self.language_model).forward): cache},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state[:, kept]),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{cache_keyword(CausalLMOutputWithPast): getattr(outputs, cache_keyword(type(outputs)))},
         )
 
     def check_length(self, positions: int) -> None:
