@@ -20,6 +20,8 @@ from lalm_patch.models import LALM
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Attribute, Prompt, load_demo
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -34,6 +34,8 @@ from lalm_patch.settings import BackendSettings, ModelSettings
 from lalm_patch.stimuli import Prompt
 from lalm_patch.storage.jobs import JOBS
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6

@@ -26,6 +26,8 @@ from lalm_patch.storage.shards import Shard, run_folder_of
 from lalm_patch.sweep.runs import State, SweepRun, failure_recorded, status, sweep_summary
 from lalm_patch.sweep.slurm import read_queue
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 CLIPS = 5
 
 

@@ -242,7 +242,9 @@ class LALM:
             raise ModelError("the prompt has no audio position: the model would answer without hearing the clip")
         numbers: list[int] = ids.tolist()
         tokenizer = self.family.tokenizer
-        texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
+        # Most positions are the audio's placeholder: each id is decoded once.
+        decoded = {number: str(tokenizer.decode([number], skip_special_tokens=False)) for number in set(numbers)}
+        texts = tuple(decoded[number] for number in numbers)
         if roles is not None:
             return TokenTable(tuple(numbers), texts, roles)
         audio_positions = audio.nonzero()[:, 0].tolist()
