@@ -11,13 +11,14 @@ the time after the first sample of that attempt was stored. Results are compared
 from __future__ import annotations
 
 import argparse
-import os
+import multiprocessing
 import random
 import signal
-import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import xarray as xr
@@ -39,57 +40,64 @@ VARYING = {"created", "command", "settings", "seconds_of_last_process", "git_rev
 MOST_KILLS_OF_ONE_RUN = 4
 
 
-def start(settings: RunSettings, folder: Path) -> int:
-    """Carry out or go on with a run in a child process; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
+@contextmanager
+def started(settings: RunSettings, folder: Path) -> Iterator[BaseProcess]:
+    """A child process that carries out or goes on with a run.
+
+    It does not outlive the block: it would write into a folder that is being removed.
+    """
+    child = multiprocessing.get_context("fork").Process(target=run, args=(settings, folder))
+    child.start()
     try:
-        run(settings, folder)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
+        yield child
     finally:
-        sys.stderr.flush()
-        os._exit(status)
+        child.kill()
+        child.join()
 
 
-def ended(pid: int) -> bool:
-    """Whether the child ended by itself, well; it is waited for no longer than it takes to ask."""
-    found, status = os.waitpid(pid, os.WNOHANG)
-    if found and status:
-        raise SystemExit(f"a run that was not killed ended with status {os.waitstatus_to_exitcode(status)}")
-    return found != 0
+def ended(child: BaseProcess) -> bool:
+    """Whether the child ended by itself, well."""
+    if child.exitcode:
+        raise SystemExit(f"a run that was not killed ended with status {child.exitcode}")
+    return child.exitcode is not None
 
 
-def kill_at_random(pid: int, folder: Path, seconds: float, moments: random.Random) -> bool:
-    """Kill the child somewhere in the next `seconds`; False if it ended before."""
-    if moments.random() < 0.5:
-        journal = folder / "journal.bin"
-        before = journal.stat().st_size if journal.exists() else 0
-        while not (journal.exists() and journal.stat().st_size > before):
-            if ended(pid):
+def size(path: Path) -> int:
+    """Bytes of a file, 0 without one: in a single look, since a run that finishes removes its journal."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def kill_at_random(settings: RunSettings, folder: Path, seconds: float, moments: random.Random) -> bool:
+    """Start the run and kill it somewhere in the next `seconds`; False if it ended before."""
+    journal = folder / "journal.bin"
+    before = size(journal)
+    with started(settings, folder) as child:
+        if moments.random() < 0.5:
+            while size(journal) <= before:
+                if ended(child):
+                    return False
+                time.sleep(0.0005)
+            seconds /= 4
+        until = time.monotonic() + moments.uniform(0, seconds)
+        while time.monotonic() < until:
+            if ended(child):
                 return False
             time.sleep(0.0005)
-        seconds /= 4
-    until = time.monotonic() + moments.uniform(0, seconds)
-    while time.monotonic() < until:
-        if ended(pid):
-            return False
-        time.sleep(0.0005)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status)
+        child.kill()
+        child.join()
+        return child.exitcode == -signal.SIGKILL
 
 
 def complete(settings: RunSettings, folder: Path) -> float:
     """Let a run come to its end; the seconds it took."""
-    started = time.monotonic()
-    pid = start(settings, folder)
-    while not ended(pid):
-        time.sleep(0.002)
-    return time.monotonic() - started
+    begin = time.monotonic()
+    with started(settings, folder) as child:
+        while not ended(child):
+            time.sleep(0.002)
+    return time.monotonic() - begin
 
 
 def differences(found: xr.Dataset, expected: xr.Dataset) -> list[str]:
@@ -135,7 +143,7 @@ def main() -> None:
             wanted = min(moments.randint(1, MOST_KILLS_OF_ONE_RUN), options.kills - kills)
             done = 0
             for _ in range(wanted):
-                if kill_at_random(start(settings, folder), folder, seconds, moments):
+                if kill_at_random(settings, folder, seconds, moments):
                     done += 1
                     left = state(folder)
                     states[left] = states.get(left, 0) + 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import offline  # noqa: F401  (before the libraries that read it)
 
 # isort: on
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from native_checkpoints import DestaFiles, save_desta2, save_desta25, save_qwen_audio
 from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
+from lalm_patch.figures import style
 from lalm_patch.models import LALM
 from lalm_patch.models.native import load_desta2, load_desta25, load_qwen_audio
 from lalm_patch.settings import ModelSettings
@@ -116,6 +118,17 @@ def desta25(desta25_files: DestaFiles) -> tuple[Any, Any, Any]:
 def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor."""
     return load_qwen_audio(qwen_folder)
+
+
+@pytest.fixture(scope="module")
+def without_pdfs() -> Iterator[None]:
+    """For modules of many runs that look at other things than PDFs, whose fonts take a quarter of a small run."""
+    whole = style.rendered
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            style, "rendered", lambda figure, kind, *more: b"-" if kind == "pdf" else whole(figure, kind, *more)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

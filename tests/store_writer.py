@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -21,9 +20,6 @@ from lalm_patch.storage.run_store import RunStore
 IDENTITY = {"config": "c0ffee", "data": "5eed", "lalm_patch": "0.1.0"}
 # The calls by which Python code changes a disk. The store makes no other (HDF5 writes to memory).
 CHANGES = ("write", "fsync", "ftruncate", "replace", "unlink")
-
-_children = multiprocessing.get_context("forkserver")
-_children.set_forkserver_preload(["numpy", "xarray", "h5netcdf", "h5py", "pytest"])
 
 
 def sample(number: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
@@ -63,12 +59,6 @@ def write_run(folder: Path, count: int, *, acknowledge: Path | None = None, fsyn
                     file.write(f"{sample_id}\n")
         records = [store.sample(sample(number)[0]) for number in range(count)]
         store.finalise(assemble([(record.id, record.arrays, record.meta) for record in records]))
-
-
-def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
-    child = _children.Process(target=target, args=arguments, daemon=True)
-    child.start()
-    return child
 
 
 def ended(child: BaseProcess) -> int:

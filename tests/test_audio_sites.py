@@ -27,6 +27,8 @@ from lalm_patch.models.tokens import Clock
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 TOLERANCE = 1e-5
 
 

@@ -23,6 +23,8 @@ from lalm_patch.settings import CorruptionSettings
 from lalm_patch.stimuli import Partners, Prompt, Record, fitted
 from lalm_patch.tracing.corruptions import Corruption
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 TOLERANCE = 1e-5
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import soundfile
@@ -32,11 +30,8 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def run(folder: Path, *command: str) -> str:
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
+def run(folder: Path, *command: str, fresh: bool = False) -> str:
+    done = commands.run(folder, *command, fresh=fresh)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -58,9 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_attribute_and_a_checkpoint_of_ones_own(folder: Path) -> None:
-    commands = [line for block in blocks("extending.md", "sh") for line in block.splitlines()]
-    assert len(commands) == 3
-    looked, ran, tuned = (run(folder, *command.removeprefix("python ").split()) for command in commands)
+    lines = [line for block in blocks("extending.md", "sh") for line in block.splitlines()]
+    assert len(lines) == 3
+    looked, ran, tuned = (
+        run(folder, *line.removeprefix("python ").split(), fresh="--config-dir" in line) for line in lines
+    )
     assert "What is the size of the room in the recording?" in looked
     assert "targets  small " in looked
     assert "of 2" in ran
@@ -73,7 +70,7 @@ def test_an_attribute_and_a_checkpoint_of_ones_own(folder: Path) -> None:
 def test_a_family_and_interventions_of_ones_own(folder: Path) -> None:
     script = folder / "page.py"
     script.write_text("\n".join(blocks("extending.md", "python")), encoding="utf-8")
-    run(folder, str(script))
+    run(folder, str(script), fresh=True)
     (prefixes,) = folder.glob("outputs/demo-gender-prefix-*")
     run(folder, "-m", "lalm_patch", "attr=gender", "data.limit=4")
     (layers,) = (path for path in folder.glob("outputs/demo-gender-layer-*") if _layout(path) == "chat")

@@ -21,6 +21,8 @@ from lalm_patch.terminal import Progress
 from lalm_patch.tracing.metrics import Exclusion
 from lalm_patch.tracing.tracer import Tracer
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 WEIGHTS = (".safetensors", ".pth", ".bin")
 MODELS = {
     "desta2": save_desta2,

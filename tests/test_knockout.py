@@ -25,6 +25,8 @@ from lalm_patch.models import LALM, Encoding
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 TOLERANCE = 1e-5
 KNOCKOUT = ("attr=gender", "data.limit=6", "direction=noising")
 

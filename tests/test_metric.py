@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,8 @@ from lalm_patch.interventions.grids import layer_grid
 from lalm_patch.models import LALM
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Attribute, Prompt, load_demo
+
+pytestmark = pytest.mark.usefixtures("without_pdfs")
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,7 @@ def test_a_run_draws_the_metrics_it_is_asked_for_and_is_not_run_again(tmp_path: 
 
 
 def test_a_sweep_over_metrics_of_one_run_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lalm_patch", "-m", "metric=rank,kl", f"outputs={tmp_path}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = commands.run(tmp_path, *commands.LALM_PATCH, "-m", "metric=rank,kl", f"outputs={tmp_path}")
     assert found.returncode == 1
     text = found.stdout + found.stderr
     assert "metrics kl, rank are all read from one run" in text

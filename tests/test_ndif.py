@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import httpx
 import nnsight
 import numpy as np
@@ -32,6 +33,8 @@ from lalm_patch.models import LALM
 from lalm_patch.settings import BackendSettings, ModelSettings
 from lalm_patch.stimuli import Prompt
 from lalm_patch.storage.jobs import JOBS
+
+pytestmark = pytest.mark.usefixtures("without_pdfs")
 
 TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"
@@ -225,18 +228,6 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
         send()
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lalm_patch", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def stored_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
@@ -259,15 +250,15 @@ def test_client_killed_then_reattached(
     before = len(server.states)
     server.control(hold=2, key=KEY)
     arguments = (*tiny, f"outputs={tmp_path / 'outputs'}", *remote(server, "backend.max_jobs=3"))
-    process = start(tmp_path, *arguments, NDIF_API_KEY=KEY)
+    process = commands.start(tmp_path, *commands.LALM_PATCH, *arguments, NDIF_API_KEY=KEY)
     while len(server.states) - before < 5:  # two answers are stored, three jobs are held
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
     (book,) = (tmp_path / "outputs").rglob(JOBS)
     while len(json.loads(book.read_bytes())) != 3:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
-    assert KEY not in process.communicate()[0]
+    assert KEY not in "".join(process.communicate())
     assert KEY.encode() not in stored_text(tmp_path)
 
     server.control(key=KEY)

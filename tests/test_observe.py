@@ -24,6 +24,8 @@ from lalm_patch.figures import plot_grounding, plot_lens
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.stimuli import Prompt
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 
 def decoder_pass(lalm: LALM, encoding: Encoding, **wanted: bool) -> object:
     """A forward pass of the decoder by transformers alone."""

@@ -21,6 +21,8 @@ from lalm_patch.results.dataset import build_dataset
 from lalm_patch.stimuli import Prompt
 from lalm_patch.storage.run_store import SampleRecord
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 TOLERANCE = 1e-5
 
 

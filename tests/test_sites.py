@@ -26,6 +26,8 @@ from lalm_patch.models.proof import make_pair
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 
 @pytest.fixture(scope="module", params=["qwen2_audio", "voxtral"])
 def lalm(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> LALM:

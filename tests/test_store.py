@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import store_writer
 import xarray as xr
-from store_writer import IDENTITY, assemble, ended, sample, start, write_run
+from commands import fork
+from store_writer import IDENTITY, assemble, ended, sample, write_run
 
 from lalm_patch.errors import StoreError
 from lalm_patch.storage.run_store import RunStore, is_finished, open_result, repair
@@ -204,7 +205,7 @@ def test_repair_then_the_same_run_again(tmp_path: Path) -> None:
 def test_one_writer_a_folder_and_a_killed_one_frees_it(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     folder = tmp_path / "run"
-    child = start(store_writer.hold, folder, ready)
+    child = fork(store_writer.hold, folder, ready)
     wait_for(ready.exists)
     with pytest.raises(StoreError, match=rf"{folder} is in use by another process \(pid {child.pid} on "):
         RunStore(folder, IDENTITY)
@@ -228,7 +229,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     acknowledged.touch()
     while kills < 10:
         before = acknowledged.stat().st_size
-        child = start(write_while_acknowledging, folder, count, acknowledged)
+        child = fork(write_while_acknowledging, folder, count, acknowledged)
         wait_for(lambda: acknowledged.stat().st_size > before or not child.is_alive())  # noqa: B023
         time.sleep(moments.uniform(0, 0.03))
         child.kill()
@@ -259,7 +260,7 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path, torn: bool) -> None:
         folder = tmp_path / str(call)
         acknowledged = tmp_path / f"{call}.acknowledged"
         acknowledged.touch()
-        code = ended(start(store_writer.write_until, folder, COUNT, acknowledged, call, torn))
+        code = ended(fork(store_writer.write_until, folder, COUNT, acknowledged, call, torn))
         if code == 0:
             break
         assert code == -9
@@ -315,7 +316,7 @@ def test_every_failing_call_of_finalise_is_recoverable(tmp_path: Path, call: str
 
 def test_the_kernel_refuses_to_write_more(tmp_path: Path) -> None:
     """A real failure of write(2), in a process that must end in order: HDF5 on a full disk would crash it."""
-    assert ended(start(store_writer.meet_file_size_limit, tmp_path, COUNT)) == 0
+    assert ended(fork(store_writer.meet_file_size_limit, tmp_path, COUNT)) == 0
     write_run(tmp_path, COUNT)
     expect(tmp_path)
 

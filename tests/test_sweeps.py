@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import commands
 import pytest
 import xarray as xr
 from conftest import GENDER, write_sakura
-from test_cli import ENVIRONMENT, run
+from test_cli import run
 
 from lalm_patch.config import compose
 from lalm_patch.errors import BusyError, ConfigError, StoreError
@@ -26,6 +25,8 @@ from lalm_patch.storage.run_store import RunStore, open_result
 from lalm_patch.storage.shards import Shard, run_folder_of
 from lalm_patch.sweep.runs import State, SweepRun, failure_recorded, status, sweep_summary
 from lalm_patch.sweep.slurm import read_queue
+
+pytestmark = pytest.mark.usefixtures("without_pdfs")
 
 CLIPS = 5
 
@@ -163,7 +164,7 @@ def test_a_full_disk_still_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_failed_run_does_not_stop_its_siblings(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     arguments = ("-m", *tiny, "data.limit=2", "granularity.layers=[99],[0]")
-    done = run(tmp_path, *arguments)
+    done = run(tmp_path, *arguments, fresh=True)
     assert done.returncode == 1
     assert "sweep    1 of 2 runs finished; 1 failed\n" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -181,18 +182,11 @@ def test_joblib_survives_a_killed_worker(tmp_path: Path, tiny: tuple[str, ...]) 
     """The pool breaks, its runs are started again; meanwhile a second process on one of the runs is refused."""
     slow = (*tiny, "granularity=token", "engine=direct")
     launcher = ("hydra/launcher=lalm_patch_joblib", "hydra.launcher.n_jobs=2")
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "lalm_patch", "-m", *launcher, *slow, "data.limit=4,5"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    sweep = commands.start_fresh(tmp_path, *commands.LALM_PATCH, "-m", *launcher, *slow, "data.limit=4,5")
     folder = tmp_path / "outputs" / compose(*slow, "data.limit=5").run_name
     deadline = time.monotonic() + 200
     while not snapshot(folder / "journal.bin")[1]:
-        assert sweep.poll() is None, sweep.communicate()[0]
+        assert sweep.poll() is None, sweep.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     identity = run_identity(compose(*slow, "data.limit=5"))
@@ -201,20 +195,18 @@ def test_joblib_survives_a_killed_worker(tmp_path: Path, tiny: tuple[str, ...]) 
     found = re.match(r"pid (\d+) on", (folder / ".lock").read_text())
     assert found is not None
     os.kill(int(found[1]), signal.SIGKILL)
-    printed, _ = sweep.communicate(timeout=280)
+    printed = "".join(sweep.communicate(timeout=280))
     assert sweep.returncode == 0, printed
     assert "a worker process was killed" in printed
     assert "sweep    2 of 2 runs finished\n" in printed
     assert open_result(folder).sizes["sample"] == 5
 
 
-def test_killed_at_random_moments_of_whole_runs() -> None:
+def test_killed_at_random_moments_of_whole_runs(tmp_path: Path) -> None:
     """A few of the kills that `benchmarks/kills.py` makes by the dozen."""
-    root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "benchmarks" / "kills.py"), "--kills", "5", "--seed", "1"]
-    arguments = ["granularity=layer", "data.limit=4", "threads=1"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(root)}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=280)
+    script = str(commands.ROOT / "benchmarks" / "kills.py")
+    arguments = ("granularity=layer", "data.limit=4", "threads=1")
+    done = commands.run(tmp_path, script, "--kills", "5", "--seed", "1", *arguments, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "every result equals the undisturbed one, bit for bit" in done.stdout
     assert int(done.stdout.splitlines()[-1].split()[0]) >= 5

@@ -18,6 +18,8 @@ from lalm_patch.models.desta import Desta25
 from lalm_patch.run import run
 from lalm_patch.tracing.metrics import Exclusion
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 CLIPS = 3
 
 

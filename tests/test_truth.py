@@ -43,6 +43,8 @@ from lalm_patch.truth.decoder import ARCHITECTURES, HEADS, MELS, Clip
 from lalm_patch.truth.methods import chosen_methods
 from lalm_patch.truth.scoring import auroc, draw_run, planted_depth
 
+pytestmark = pytest.mark.usefixtures("without_pdfs")
+
 HEAR = (Register.AUDIO, Register.RELAY)
 ANSWER = (Register.RELAY, Register.ANSWER)
 SINGLE = Circuit(6, 8, (Move(1, 3, None, 2, *HEAR), Move(4, 0, 2, 7, *ANSWER)))

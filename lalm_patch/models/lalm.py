@@ -286,7 +286,9 @@ class LALM:
         # Placeholders of audio may lie beyond: they are overwritten.
         self._check_range([number for number, heard in zip(numbers, audio, strict=True) if not heard], rows, "input")
         tokenizer = self.family.tokenizer
-        texts = tuple(str(tokenizer.decode([number], skip_special_tokens=False)) for number in numbers)
+        # Most positions are the audio's placeholder: each id is decoded once.
+        decoded = {number: str(tokenizer.decode([number], skip_special_tokens=False)) for number in set(numbers)}
+        texts = tuple(decoded[number] for number in numbers)
         if roles is not None:
             return TokenTable(tuple(numbers), texts, roles)
         audio_positions = audio.nonzero()[:, 0].tolist()
