@@ -67,8 +67,8 @@ class Cluster:
         control: what tests want: `strict`; `hold`: so many blocks are run, the others wait; `key`: the only one that is
             taken; `minimum` version of nnsight; and, each for so many `times`, `refuse` (a request with `status` and
             `detail`), `fail` (a block raises `text`), `say` (a job ends in one of the sentences `texts`), `lose` (a
-            job is received and not queued), `repeat` (a job is queued twice), `empty` (a job is done and has no
-            result), `damage` (a result is cut) and `page` (any answer is `text` with `status`, for browsers).
+            job is received and not queued), `empty` (a job is done and has no result), `damage` (a result is cut) and
+            `page` (any answer is `text` with `status`, for browsers).
     """
 
     def __init__(self, store: Path) -> None:
@@ -130,7 +130,7 @@ class Cluster:
         self.respond(id, "QUEUED", f"Added to Queue at position {self.jobs.qsize() + 1}.")
         with (self.store / "arrived").open("a") as arrived:
             print(id, file=arrived)
-        for _ in range(0 if self.next("lose") else 2 if self.next("repeat") else 1):
+        if not self.next("lose"):
             self.jobs.put((id, RequestModel.model_validate_json(data), blob))
         return {"id": id, "status": "RECEIVED", "description": "Your job has been received."}
 

@@ -263,7 +263,7 @@ REFUSALS = {
         {"fail": {"times": 9, "text": "no reason"}},
         {},
         HostError,
-        "could not run the job: RuntimeError: no reason. Finished samples are kept.*same command goes on",
+        "run the job: RuntimeError: no reason. Fin.*the same command",
     ),
     "out of memory": ({"fail": {"times": 9, "text": "CUDA out of memory"}}, {}, HostError, "engine.pack_tokens"),
     "always busy": (
@@ -276,7 +276,7 @@ REFUSALS = {
         {"say": {"times": 99, "texts": ["preempted"]}},
         {},
         HostError,
-        "end of 2 jobs.*same command goes on",
+        "end of 2 jobs.*same command",
     ),
 }
 

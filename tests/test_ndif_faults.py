@@ -115,7 +115,7 @@ def test_restart_with_the_store_kept(
             lalm_patch.trace(*what)
         helper.join()
         begun.append(Server(first.port, first.store))
-        assert begun[0].states.count("QUEUED") == 1
+        assert begun[0].states.count("QUEUED") == 2
         dataset = result(*what)
     else:
         dataset = result(*what, "backend.retries=8", "backend.pause_seconds=1")
@@ -194,7 +194,7 @@ def test_faults_that_pass(
     before = len(server.states)
     texts = [*PASSING, RUNNER_KILLED]
     server.control(say={"times": len(texts), "texts": texts})
-    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.retries=8", "backend.max_jobs=1"))
+    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.retries=9", "backend.max_jobs=1"))
     assert_whole(dataset, computed_here)
     assert sorted(server.states[before:]) == ["COMPLETED"] * CLIPS + ["ERROR"] * len(texts)
     pauses = [float(pause) for pause in re.findall(r"sent again in ([\d.]+) s", caplog.text)]
@@ -237,13 +237,14 @@ def test_old_failures_are_no_failures(
 ) -> None:
     """When the cause is gone, the same command succeeds at once; while it lasts, each old job is sent once more."""
     what = (*tiny, f"outputs={tmp_path}", *remote(server, "backend.max_jobs=3"))
+    first = len(server.states)
     for _ in range(2):
         before = len(server.states)
         server.control(say={"times": 99, "texts": [TRACEBACK + "ValueError: broken for now\n"]})
         with pytest.raises(HostError, match=r"could not run the job: ValueError: broken for now\. Finished"):
             lalm_patch.trace(*what)
         assert len(server.states) - before <= CLIPS
-        wait_for(lambda: set(server.states) <= {"ERROR", "COMPLETED"})
+        wait_for(lambda: "QUEUED" not in server.states[first:])
     server.control()
     assert_whole(result(*what), computed_here)
 
@@ -262,11 +263,12 @@ def test_old_wrong_answers_are_not_taken_again(
 
         real(model, decoder, Shifted(**vars(request)), backend)
 
+    before = len(server.states)
     monkeypatch.setattr(ndif, "send_session", shifted)
     what = (*tiny, "granularity=token", f"outputs={tmp_path / 'there'}", *remote(server, "backend.max_jobs=3"))
     with pytest.raises(CheckError):
         lalm_patch.trace(*what)
-    wait_for(lambda: set(server.states) <= {"ERROR", "COMPLETED", "QUEUED"} and server.states[-1] == "COMPLETED")
+    wait_for(lambda: set(server.states[before:]) == {"COMPLETED"})
     monkeypatch.undo()
     here = result(*tiny, "granularity=token", f"outputs={tmp_path / 'here'}")
     assert_whole(result(*what), here)
@@ -329,7 +331,7 @@ def test_progress_always_says_something(
     with pytest.raises(HostError):
         lalm_patch.trace(*what)
     stopped.join()
-    server.control(say={"times": 1, "texts": PASSING[:1]})
+    server.control(say={"times": CLIPS + 1, "texts": PASSING[:1]})
     result(*what, "backend.retries=3")
     assert len(notes) > 3
     assert [note for note in notes if not re.fullmatch(r"\d+ [a-z ]+(, \d+ [a-z ]+)*", note)] == []
@@ -368,7 +370,7 @@ UNDERSTOOD: list[tuple[str, bool, str]] = [
     (TRACEBACK + "redis.exceptions.ConnectionError: Error 111", True, ""),
     (TRACEBACK + "greenlet.error: Cannot switch to a different thread", True, ""),
     (TRACEBACK + "RuntimeError: CUDA error: device-side assert triggered\nCompile with X", True, "assert triggered$"),
-    (DEPLOY + "HTTPSConnectionPool(host='huggingface.co', port=443): Max retries exceeded\n" + TRACEBACK, True, "fetch"),
+    (DEPLOY + "HTTPSConnectionPool(host='huggingface.co', port=443): Max retries exceeded\n", True, "cannot fetch"),
     (DEPLOY + "No GPU nodes available.", True, "no room"),
     (TRACEBACK + "torch.OutOfMemoryError: CUDA out of memory.", False, "engine.pack_tokens"),
     (TRACEBACK + "torch.OutOfMemoryError: CUDA out of memory. Please try again later", False, "engine.pack_tokens"),
@@ -381,12 +383,12 @@ UNDERSTOOD: list[tuple[str, bool, str]] = [
     ("Your request payload could not be read (ModuleNotFoundError: No module named 'x'). It may be truncated or "
      "corrupted in transit", False, "cannot read what nnsight 0.8 send; use the versions"),
     ("The model architecture on this server doesn't match the one your code was traced against: it has no module at "
-     "'model.x'.\n\nThis usually means ...", False, "cannot read what nnsight 0.8.*'model.x'.$"),
+     "'model.x'.\n\nThis usually means ...", False, "cannot read what nnsight 0.8.*'model.x'$"),
     (DEPLOY + "404 Client Error. Repository Not Found for url: https://huggingface.co/api/models/a/b.\nPlease make "
      "sure\n" + TRACEBACK[:900] + "…", False, "does not have the model a/b and cannot deploy it: 404 Client Error"),
     (DEPLOY + "Remotable.describe_checkpoint() got an unexpected keyword argument 'trust_remote_code'\n" + TRACEBACK,
      False, "on demand.*ask its operator to deploy a/b first"),
-    (DEPLOY + "You are trying to access a gated repo.\n" + TRACEBACK, False, "gated repo.$"),
+    (DEPLOY + "You are trying to access a gated repo.\n" + TRACEBACK, False, "gated repo$"),
     ("", False, "no reason given"),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ repeat what it was sent, and NDIF does when it refuses a key.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -215,9 +216,13 @@ class NdifEngine:
                 f"the results of {self.host} are at {_origin(asked)}, which cannot be reached from here "
                 f"({text or type(cause).__name__})"
             )
-        fault = understand(text, self.model_key.partition(":")[2], _versions())
+        fault = understand(text, self._model_named(), _versions())
         log.debug("what %s says about the failed job:\n%s", self.host, text)
         return JobLost(fault.reason) if fault.passes else JobFailed(f"{self.host} {fault.reason}. {GOES_ON}.")
+
+    def _model_named(self) -> str:
+        key = json.loads(self.model_key.partition(":")[2])
+        return str(key["repo_id"]) + (f" at revision {key['revision']}" if key["revision"] else "")
 
     def _refusal(self, failure: httpx.HTTPStatusError, text: str) -> Exception:
         status, url = failure.response.status_code, failure.request.url

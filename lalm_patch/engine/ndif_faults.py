@@ -114,7 +114,7 @@ def essence(text: str) -> str:
         last_frame = max((number for number, one in enumerate(lines) if one.startswith('  File "')), default=0)
         after = (one.strip() for one in lines[last_frame + 1 :] if one.strip() and not one.startswith("    "))
         line = next(after, "a traceback that is cut off")
-    line = line or "no reason given"
+    line = line.rstrip(".") or "no reason given"
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1].rstrip() + "…"
 
 
