@@ -20,12 +20,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from conftest import GENDER, write_sakura
-from ndif_runs import PROBABILITIES, assert_same_numbers, result
-from stack import Stack
-from tiny_models import save_tiny_qwen2_audio
+from conftest import GENDER, write_sakura  # noqa: E402
+from ndif_runs import PROBABILITIES, assert_same_numbers, result  # noqa: E402
+from stack import Stack  # noqa: E402
+from tiny_models import save_tiny_qwen2_audio  # noqa: E402
 
-from lalm_patch.storage.jobs import JOBS
+from lalm_patch.storage.jobs import JOBS  # noqa: E402
 
 CLIPS = 24
 REPOSITORY = Path(__file__).resolve().parents[2]
