@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from conftest import GENDER, write_sakura  # noqa: E402
 from ndif_runs import PROBABILITIES, assert_same_numbers, result  # noqa: E402
-from stack import Stack  # noqa: E402
+from stack import Stack, leave_the_network  # noqa: E402
 from tiny_models import save_tiny_qwen2_audio  # noqa: E402
 
 from lalm_patch.storage.jobs import JOBS  # noqa: E402
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--sandbox", action="store_true", help="run every block in a runner process")
     parser.add_argument("--folder", type=Path, default=None, help="keeps logs and results; by default a temporary one")
     arguments = parser.parse_args()
+    leave_the_network()
     root = arguments.folder or Path(tempfile.mkdtemp(prefix="ndif-"))
     root.mkdir(parents=True, exist_ok=True)
     model = save_tiny_qwen2_audio(root / "model")

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
 
+RAY_HOST = "127.0.0.2"  # Ray would replace 127.0.0.1 by another address of the machine
+ALONE = "ONLY_LOOPBACK"
+SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 HERE = Path(__file__).resolve().parent
+
+
+def leave_the_network() -> None:
+    """Start this process again where there is no network but loopback.
+
+    Ray runs whatever it is sent and listens on every interface, whatever it is told.
+    """
+    if ALONE not in os.environ:
+        os.environ[ALONE] = "yes"
+        os.execvp("unshare", ["unshare", "--map-root-user", "--net", sys.executable, *sys.argv])
+    if others := {name for _, name in socket.if_nameindex()} - {"lo", "tunl0", "sit0", "ip6tnl0"}:
+        raise RuntimeError(f"expected to be alone on loopback, and there is {', '.join(sorted(others))}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as interfaces:
+        request = struct.pack("16sh14x", b"lo", IFF_UP)
+        fcntl.ioctl(interfaces, SIOCSIFFLAGS, request)
 
 
 def free_port() -> int:
@@ -40,7 +61,7 @@ class Stack:
             "PYTHONPATH": str(HERE),
             "NDIF_REDIS_URL": f"redis://127.0.0.1:{self.ports['redis']}",
             "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{self.ports['store']}",
-            "NDIF_RAY_ADDRESS": f"ray://127.0.0.1:{self.ports['client']}",
+            "NDIF_RAY_ADDRESS": f"ray://{RAY_HOST}:{self.ports['client']}",
             "NDIF_API_PORT": str(self.ports["api"]),
             "NDIF_SANDBOX_POOL_SIZE": "2",
             "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{self.ports['api']}",  # its own configuration binds all interfaces
@@ -54,13 +75,13 @@ class Stack:
         self._redis()
         self._run("store", [self.bin / "moto_server", "-H", "127.0.0.1", "-p", str(self.ports["store"])])
         resources = '{"head": 10, "cuda_memory_bytes": 8000000000, "cpu_memory_bytes": 8000000000}'
-        ray = ["--head", "--node-ip-address=127.0.0.1", f"--port={self.ports['ray']}", "--num-gpus=1", "--num-cpus=8"]
+        ray = ["--head", f"--node-ip-address={RAY_HOST}", f"--port={self.ports['ray']}", "--num-gpus=1", "--num-cpus=8"]
         ray += [f"--ray-client-server-port={self.ports['client']}", "--include-dashboard=false", "--block"]
         ray += [f"--resources={resources}", f"--temp-dir={self.folder / 'ray'}", "--object-store-memory=200000000"]
         self._run("ray", [self.bin / "ray", "start", *ray])
-        self._wait_for_port("client")
+        self._wait_for_port("client", RAY_HOST)
         controller = [self.bin / "python", "-m", "ndif.services.ray.deployments.controller.controller"]
-        self._run("controller", controller, RAY_ADDRESS=f"127.0.0.1:{self.ports['ray']}")
+        self._run("controller", controller, RAY_ADDRESS=f"{RAY_HOST}:{self.ports['ray']}")
         if code := self.processes.pop("controller").wait(180):
             raise RuntimeError(f"the controller did not start ({code}); see {self.folder / 'controller.log'}")
         self._api()
@@ -137,11 +158,11 @@ class Stack:
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue  # gone, or it needs the harder signal
 
-    def _wait_for_port(self, name: str) -> None:
+    def _wait_for_port(self, name: str, host: str = "127.0.0.1") -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.ports[name])) == 0:
+                if probe.connect_ex((host, self.ports[name])) == 0:
                     return
             time.sleep(0.2)
         raise RuntimeError(f"{name} does not listen; see {self.folder}")
