@@ -52,7 +52,7 @@ class Stack:
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.bin, self.folder = python.parent, folder
-        self.ports = {name: free_port() for name in ("redis", "store", "ray", "client", "api")}
+        self.ports = {name: free_port() for name in ("redis", "store", "ray", "client", "dashboard", "api")}
         self.url = f"http://127.0.0.1:{self.ports['api']}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
@@ -76,10 +76,13 @@ class Stack:
         self._run("store", [self.bin / "moto_server", "-H", "127.0.0.1", "-p", str(self.ports["store"])])
         resources = '{"head": 10, "cuda_memory_bytes": 8000000000, "cpu_memory_bytes": 8000000000}'
         ray = ["--head", f"--node-ip-address={RAY_HOST}", f"--port={self.ports['ray']}", "--num-gpus=1", "--num-cpus=8"]
-        ray += [f"--ray-client-server-port={self.ports['client']}", "--include-dashboard=false", "--block"]
+        ray += [f"--ray-client-server-port={self.ports['client']}", "--block"]
+        ray += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]  # where the controller asks for the nodes
+        ray += [f"--dashboard-port={self.ports['dashboard']}"]
         ray += [f"--resources={resources}", f"--temp-dir={self.folder / 'ray'}", "--object-store-memory=200000000"]
         self._run("ray", [self.bin / "ray", "start", *ray])
         self._wait_for_port("client", RAY_HOST)
+        self._wait_for_port("dashboard")
         controller = [self.bin / "python", "-m", "ndif.services.ray.deployments.controller.controller"]
         self._run("controller", controller, RAY_ADDRESS=f"{RAY_HOST}:{self.ports['ray']}")
         if code := self.processes.pop("controller").wait(180):
@@ -124,7 +127,7 @@ class Stack:
 
     def _api(self) -> None:
         self._run("api", ["bash", self._service("api")])
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             try:
                 if httpx.get(f"{self.url}/connected", timeout=5).status_code == 200:
@@ -159,7 +162,7 @@ class Stack:
                 continue  # gone, or it needs the harder signal
 
     def _wait_for_port(self, name: str, host: str = "127.0.0.1") -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex((host, self.ports[name])) == 0:
