@@ -3,9 +3,12 @@
     POST /request            multipart: `data`, the JSON envelope, and `blob`, the block -> {"id", "status": "RECEIVED"}
     GET  /response/<id>      the latest status; 404 before the first one and for ids nobody knows
     GET  /result/<id>        what the block saved, as the COMPLETED response's URL says
-    POST /control            for tests: {"strict", "hold", "key", "refuse", "fail", "minimum"}, those that are to hold
-                             from now on; `hold`: so many blocks are run, the others wait
+    POST /control            for tests: those of `Cluster.control` that are to hold from now on
     GET  /counts             for tests: requests by status, in the order of arrival
+
+What it says about jobs, and results, lie in the folder `--store`, as NDIF's lie in an object store: they are there
+again when it is started again. The queue is in memory, as NDIF's is in Redis and its dispatcher: jobs that were in it
+are lost, and `/response/<id>` goes on to say that they are queued.
 
 `strict` refuses what NDIF refuses from keys that are not trusted, where a block runs apart from the weights: traces of
 submodules, `stop` in a session, gradients, and batching by a class of the client's.
@@ -30,6 +33,7 @@ from collections.abc import Iterator
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -57,12 +61,19 @@ class Refused(Exception):
 
 
 class Cluster:
-    """The models, the queue, and what became of every request."""
+    """The models, the queue, and what became of every request.
 
-    def __init__(self) -> None:
+    Attributes:
+        control: what tests want: `strict`; `hold`: so many blocks are run, the others wait; `key`: the only one that is
+            taken; `minimum` version of nnsight; and, each for so many `times`, `refuse` (a request with `status` and
+            `detail`), `fail` (a block raises `text`), `say` (a job ends in one of the sentences `texts`), `lose` (a
+            job is received and not queued), `empty` (a job is done and has no result), `damage` (a result is cut) and
+            `page` (any answer is `text` with `status`, for browsers).
+    """
+
+    def __init__(self, store: Path) -> None:
         self.control: dict[str, Any] = {}
-        self.responses: dict[str, dict[str, Any]] = {}
-        self.results: dict[str, bytes] = {}
+        self.store = store
         self.models: dict[str, Remotable] = {}
         self.jobs: queue.Queue[tuple[str, RequestModel, bytes]] = queue.Queue()
         self.left = sys.maxsize
@@ -71,9 +82,33 @@ class Cluster:
         self.control = control
         self.left = control.get("hold", sys.maxsize)
 
+    def next(self, name: str) -> dict[str, Any] | None:
+        """What is to go wrong now, if anything."""
+        fault = self.control.get(name)
+        if not fault or not fault["times"]:
+            return None
+        fault["times"] -= 1
+        return dict(fault)
+
+    def respond(self, id: str, status: str, description: str, **more: Any) -> dict[str, Any]:
+        """Say something about a job; only the last word is kept."""
+        response = {"id": id, "status": status, "description": description, **more}
+        part = self.store / f"{id}.part"
+        part.write_text(json.dumps(response))
+        part.replace(self.store / f"{id}.json")
+        return response
+
+    def stored(self, name: str) -> bytes | None:
+        path = self.store / name
+        return path.read_bytes() if path.exists() else None
+
+    @property
+    def states(self) -> list[str]:
+        ids = (self.store / "arrived").read_text().split() if (self.store / "arrived").exists() else []
+        return [json.loads((self.store / f"{id}.json").read_bytes())["status"] for id in ids]
+
     def accept(self, headers: Any, data: str, blob: bytes) -> dict[str, Any]:
-        if (refusal := self.control.get("refuse")) and refusal["times"] > 0:
-            refusal["times"] -= 1
+        if refusal := self.next("refuse"):
             raise Refused(refusal["status"], refusal["detail"])
         key = headers.get("ndif-api-key")
         if (wanted := self.control.get("key")) is not None:
@@ -92,8 +127,11 @@ class Cluster:
                 "`pip install --upgrade nnsight`.",
             )
         id = str(uuid.uuid4())
-        self.responses[id] = {"id": id, "status": "QUEUED", "description": "Your job is in the queue."}
-        self.jobs.put((id, RequestModel.model_validate_json(data), blob))
+        self.respond(id, "QUEUED", f"Added to Queue at position {self.jobs.qsize() + 1}.")
+        with (self.store / "arrived").open("a") as arrived:
+            print(id, file=arrived)
+        if not self.next("lose"):
+            self.jobs.put((id, RequestModel.model_validate_json(data), blob))
         return {"id": id, "status": "RECEIVED", "description": "Your job has been received."}
 
     def run_forever(self, url: str) -> None:
@@ -102,16 +140,22 @@ class Cluster:
             while not self.left:
                 time.sleep(0.01)
             self.left -= 1
-            self.responses[id] |= {"status": "RUNNING", "description": "Your job has started running."}
+            if last_word := self.next("say"):
+                texts = last_word["texts"]
+                self.respond(id, "ERROR", texts[last_word["times"] % len(texts)])
+                continue
+            self.respond(id, "RUNNING", "Your job has started running.")
             try:
-                self.results[id] = self.run(request, blob)
-                self.responses[id] |= {"status": "COMPLETED", "description": "", "data": f"{url}/result/{id}"}
+                result = self.run(request, blob)
             except Exception as error:
-                self.responses[id] |= {"status": "ERROR", "description": _described(error)}
+                self.respond(id, "ERROR", _described(error))
+                continue
+            (self.store / f"{id}.result").write_bytes(result[:-9] if self.next("damage") else result)
+            where = None if self.next("empty") else f"{url}/result/{id}"
+            self.respond(id, "COMPLETED", "Your job has been completed.", data=where)
 
     def run(self, request: RequestModel, blob: bytes) -> bytes:
-        if (failure := self.control.get("fail")) and failure["times"] > 0:
-            failure["times"] -= 1
+        if failure := self.next("fail"):
             raise RuntimeError(failure["text"])
         model = self.model(request.model_key)
         BLOCKS.clear()  # keyed by file and line: another client's block may stand at the same place
@@ -137,7 +181,8 @@ class Cluster:
             try:
                 self.models[key] = Remotable.from_model_key(key, dispatch=True, dtype=torch.float32)
             except Exception as error:
-                raise NotDeployed(f"Model {repository} is not deployed and could not be: {error}") from error
+                reason = f"{error}\n{''.join(traceback.format_exception(error))}"[:1500].rstrip() + "…"
+                raise NotDeployed(f"Could not deploy this model. {reason}") from error
         return self.models[key]
 
 
@@ -194,12 +239,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         kind, _, id = self.path.strip("/").partition("/")
-        if kind == "response" and id in self.cluster.responses:
-            self.reply(200, self.cluster.responses[id])
-        elif kind == "result" and id in self.cluster.results:
-            self.send(200, "application/octet-stream", self.cluster.results[id])
-        elif kind == "counts":
-            self.reply(200, {"requests": [response["status"] for response in self.cluster.responses.values()]})
+        if kind == "counts":
+            self.reply(200, {"requests": self.cluster.states})
+        elif page := self.cluster.next("page"):
+            self.send(page["status"], "text/html", page["text"].encode())
+        elif kind == "response" and (said := self.cluster.stored(f"{id}.json")):
+            self.send(200, "application/json", said)
+        elif kind == "result" and (content := self.cluster.stored(f"{id}.result")):
+            self.send(200, "application/octet-stream", content)
         else:
             self.reply(404, {"detail": f"No response for request {id}."})
 
@@ -208,6 +255,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/control":
             self.cluster.set(json.loads(body))
             self.reply(200, {})
+            return
+        if page := self.cluster.next("page"):
+            self.send(page["status"], "text/html", page["text"].encode(), **page.get("headers", {}))
             return
         form = BytesParser(policy=HTTP).parsebytes(
             b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body
@@ -222,8 +272,10 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, content: dict[str, Any]) -> None:
         self.send(status, "application/json", json.dumps(content).encode())
 
-    def send(self, status: int, kind: str, content: bytes) -> None:
+    def send(self, status: int, kind: str, content: bytes, **headers: str) -> None:
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -237,9 +289,11 @@ def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--store", type=Path, required=True)
+    arguments = parser.parse_args()
     sys.modules["lalm_patch"] = None  # type: ignore[assignment]
-    Handler.cluster = Cluster()
-    server = ThreadingHTTPServer(("127.0.0.1", parser.parse_args().port), Handler)
+    Handler.cluster = Cluster(arguments.store)
+    server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
     url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import commands
-import httpx
 import nnsight
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from conftest import GENDER, noise, write_sakura
+from ndif_runs import PROBABILITIES, Server, assert_same_numbers, remote, result
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.modeling.transformers import TransformersModel
 
@@ -36,40 +34,8 @@ from lalm_patch.storage.jobs import JOBS
 
 pytestmark = pytest.mark.usefixtures("without_pdfs")
 
-TESTS = Path(__file__).resolve().parent
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6
-PROBABILITIES = ["p_clean", "p_corrupted", "p_patched"]
-
-
-class Server:
-    """The loopback NDIF as a process of its own."""
-
-    def __init__(self, port: int = 0) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "ndif_server.py"), "--port", str(port)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def control(self, **control: Any) -> None:
-        httpx.post(f"{self.url}/control", json=control).raise_for_status()
-
-    @property
-    def states(self) -> list[str]:
-        """States of all requests so far, in the order of their arrival."""
-        return list(httpx.get(f"{self.url}/counts").json()["requests"])
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -95,29 +61,6 @@ def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 DEMO = ("model=demo", "attr=gender", "data.limit=6")
-
-
-def remote(server: Server, *more: str) -> tuple[str, ...]:
-    return ("backend=ndif", f"backend.host={server.url}", "backend.poll_seconds=0.02", "backend.retries=1", *more)
-
-
-def result(*overrides: str) -> xr.Dataset:
-    dataset = lalm_patch.trace(*overrides).dataset
-    assert dataset is not None
-    return dataset
-
-
-def assert_same_numbers(local: xr.Dataset, other: xr.Dataset) -> None:
-    """Every variable within 1e-5; what is not a probability or a rate, relative to its size."""
-    # A server sends the options' logits back, not the vocabulary's.
-    unknown = [f"{name}_{run}" for name in ("rank", "kl") for run in ("clean", "corrupted", "patched")]
-    local = local.drop_vars(unknown, errors="ignore")
-    assert set(local.data_vars) == set(other.data_vars)
-    for name, variable in local.data_vars.items():
-        if variable.dtype.kind == "f":
-            np.testing.assert_allclose(other[name], variable, atol=1e-5, rtol=1e-5, err_msg=str(name))
-        else:
-            np.testing.assert_array_equal(other[name], variable, err_msg=str(name))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -305,7 +248,12 @@ REFUSALS = {
     "wrong key": ({"key": "a-key"}, {"NDIF_API_KEY": "another-key"}, HostError, "is refused"),
     "malformed key": ({"key": "a-key"}, {"NDIF_API_KEY": "hunter2"}, HostError, r"\[NDIF_API_KEY\]"),
     "old client": ({"minimum": "0.9"}, {}, HostError, "versions that do not go together.*0.9"),
-    "failing block": ({"fail": {"times": 9, "text": "no reason"}}, {}, HostError, "the job failed.*no reason"),
+    "failing block": (
+        {"fail": {"times": 9, "text": "no reason"}},
+        {},
+        HostError,
+        "run the job: RuntimeError: no reason. Fin.*the same command",
+    ),
     "out of memory": ({"fail": {"times": 9, "text": "CUDA out of memory"}}, {}, HostError, "engine.pack_tokens"),
     "always busy": (
         {"refuse": {"times": 99, "status": 503, "detail": "reconnecting"}},
@@ -313,7 +261,12 @@ REFUSALS = {
         HostError,
         "cannot take or show jobs now.*Tried 2 times",
     ),
-    "always preempted": ({"fail": {"times": 99, "text": "preempted"}}, {}, HostError, "gave up .* 2 times"),
+    "always preempted": (
+        {"say": {"times": 99, "texts": ["preempted"]}},
+        {},
+        HostError,
+        "end of 2 jobs.*same command",
+    ),
 }
 
 
@@ -334,7 +287,9 @@ def test_what_will_not_pass(
 
 def test_what_passes(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> None:
     """A busy server and a preempted job cost a retry, not the run."""
-    server.control(refuse={"times": 1, "status": 503, "detail": "reconnecting"}, fail={"times": 1, "text": "preempted"})
+    server.control(
+        refuse={"times": 1, "status": 503, "detail": "reconnecting"}, say={"times": 1, "texts": ["preempted"]}
+    )
     dataset = result(*tiny, f"outputs={tmp_path}", *remote(server))
     assert dataset.sizes["sample"] == CLIPS
 
@@ -348,7 +303,7 @@ def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_pa
     with engine._model.session(backend=backend):
         result = nnsight.save(1)
     with pytest.raises(HostError, match="does not have the model"):  # noqa: PT012
-        while engine.ask(str(backend.job_id))[1] is None:
+        while engine.ask(str(backend.job_id)).saved is None:
             time.sleep(0.1)
 
 

@@ -259,16 +259,24 @@ class BackendSettings:
         host: URL of the server; null for `NDIF_HOST`, or without it the public NDIF.
         max_jobs: most clips in flight at once.
         poll_seconds: time between two looks at the jobs' states.
-        retries: how often to try again, with doubled waiting time, what may pass: no connection, a busy server.
-        forget_seconds: a job of which the server knows nothing for this long is sent again.
+        retries: how often to try again what may pass: no connection, a busy server, a job that the server gave up.
+        pause_seconds: pause before the first of these tries; each later pause is twice as long,
+        longest_pause_seconds: up to this.
+        forget_seconds: a job is sent again if for this long the server knows nothing of it, or leaves it waiting though
+            a later one is done, the server was away, or another process had sent it.
+        stale_seconds: any job is sent again whose status and description stay the same for this long; the next time
+            after twice as long, and so on. The first answer counts.
     """
 
     name: Annotated[str, one_of("local", "ndif")] = MISSING
     host: Annotated[str | None, Address()] = None
     max_jobs: Annotated[int, Whole(1)] = 4
     poll_seconds: Annotated[float, Number(0, A_DAY)] = 1.0
-    retries: Annotated[int, Whole(0, 100)] = 6
+    retries: Annotated[int, Whole(0, 100)] = 8
+    pause_seconds: Annotated[float, Number(0, A_DAY)] = 5.0
+    longest_pause_seconds: Annotated[float, Number(0, A_DAY)] = 60.0
     forget_seconds: Annotated[float, Number(0, A_DAY)] = 60.0
+    stale_seconds: Annotated[float, Number(0, A_DAY)] = 600.0
 
 
 @dataclass
@@ -334,7 +342,10 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "backend.max_jobs",
     "backend.poll_seconds",
     "backend.retries",
+    "backend.pause_seconds",
+    "backend.longest_pause_seconds",
     "backend.forget_seconds",
+    "backend.stale_seconds",
 )
 
 ALLOWED: dict[str, Allowed] = allowed(RunSettings)

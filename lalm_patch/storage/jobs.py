@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lalm_patch.storage.journal import replace_file
 
@@ -23,12 +24,17 @@ class Job:
         host: the server.
         digest: of everything that was sent; an answer to another request is of no use.
         verify: whether some cells are computed twice.
+        sent: when, in seconds since 1970.
+        earlier: other jobs for the same clip that may still come back, oldest first: the server seemed to have lost
+            them. Whichever answers first counts.
     """
 
     id: str
     host: str
     digest: str
     verify: bool
+    sent: float = 0.0
+    earlier: tuple[str, ...] = ()
 
 
 class JobBook:
@@ -42,7 +48,7 @@ class JobBook:
         self._jobs: dict[str, Job] = {}
         if self.path.exists():
             try:
-                self._jobs = {sample: Job(**entry) for sample, entry in json.loads(self.path.read_bytes()).items()}
+                self._jobs = {sample: _job(entry) for sample, entry in json.loads(self.path.read_bytes()).items()}
             except (ValueError, TypeError, AttributeError) as error:
                 log.warning("%s cannot be read (%s); its jobs are sent again", self.path, error)
 
@@ -72,3 +78,7 @@ class JobBook:
             self.path.unlink(missing_ok=True)
             return
         replace_file(self.path, json.dumps({sample: asdict(job) for sample, job in self._jobs.items()}).encode())
+
+
+def _job(entry: dict[str, Any]) -> Job:
+    return Job(**{**entry, "earlier": tuple(entry.get("earlier", ()))})

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lalm_patch.checks import Check
-from lalm_patch.engine.ndif import JobFailed, JobLost, NdifEngine
+from lalm_patch.engine.ndif import JobFailed, NdifEngine
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest
 from lalm_patch.errors import HostError, ModelError
 from lalm_patch.interventions.grids import Grid
@@ -26,9 +24,8 @@ from lalm_patch.storage.jobs import Job, JobBook
 from lalm_patch.terminal import Progress
 from lalm_patch.tracing.corruptions import digest_of
 from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.remote_jobs import ClipJobs
 from lalm_patch.tracing.tracer import SampleTrace, Tracer, readout_arrays
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,10 +40,7 @@ class _Clip:
     digest: str
     samples: int
     verify: bool
-    job: str = ""
-    state: str = ""
-    last_heard: float = 0.0
-    lost: int = 0
+    jobs: ClipJobs
 
 
 class RemoteTracer(Tracer):
@@ -75,11 +69,13 @@ class RemoteTracer(Tracer):
     def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
         """Trace one sample and wait for it; see `Tracer.trace`."""
         clip = self._clip(record, waveform, spot_check)
-        self._send(clip)
-        while (saved := self._ask(clip)) is None:
-            progress.note(f"{record.id} {clip.state.lower()}")
+        clip.jobs.send()
+        while (saved := clip.jobs.look()) is None:
+            progress.note(f"{record.id} {clip.jobs.state}")
             time.sleep(self.settings.backend.poll_seconds)
-        return self._finish(clip, self.server.answer(clip.request, saved), progress)
+        trace = self._finish(clip, self.server.answer(clip.request, saved))
+        self._count(clip, trace, progress)
+        return trace
 
     def traces(
         self, records: Sequence[Record], spot_checks: int, progress: Progress, folder: Path
@@ -94,23 +90,19 @@ class RemoteTracer(Tracer):
                 planned = sum(len(clip.request.repeated) for clip in flying)
                 flying.append(self._launch(waiting.popleft(), planned < spot_checks, book))
             for clip in list(flying):
-                try:
-                    saved = self._ask(clip)
-                except JobFailed:
-                    book.drop(clip.record.id)
-                    raise
-                if book.get(clip.record.id) != self._entry(clip):
-                    book.put(clip.record.id, self._entry(clip))
-                if saved is None:
+                trace = self._received(clip, book)
+                if trace is None:
                     continue
                 flying.remove(clip)
-                trace = self._finish(clip, self.server.answer(clip.request, saved), progress)
+                for other in flying:
+                    other.jobs.overtaken_by(clip.jobs.sent_of_answer)
+                self._count(clip, trace, progress)
                 spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
                 yield clip.record, trace
                 book.drop(clip.record.id)
-            states = Counter(clip.state.lower() for clip in flying)
-            progress.note(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
             if flying:
+                states = Counter(clip.jobs.state for clip in flying)
+                progress.note(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
                 time.sleep(backend.poll_seconds)
 
     # --- one clip ----------------------------------------------------------------------------------------------
@@ -118,16 +110,47 @@ class RemoteTracer(Tracer):
     def _launch(self, record: Record, verify: bool, book: JobBook) -> _Clip:
         """Send a clip, unless a job for exactly this is on the server."""
         known = book.get(record.id)
-        clip = self._clip(record, record.waveform(None), known.verify if known else verify)
-        if known and (known.digest, known.host) == (clip.digest, self.server.host):
-            log.info("%s: going on with job %s", record.id, known.id)
-            clip.job, clip.last_heard = known.id, time.monotonic()
-        else:
-            self._send(clip)
-            book.put(record.id, self._entry(clip))
+        clip = self._clip(record, record.waveform(None), known.verify if known else verify, known)
+        if not clip.jobs.ids:
+            clip.jobs.send()
+            self._note(clip, book)
         return clip
 
-    def _clip(self, record: Record, waveform: np.ndarray, verify: bool) -> _Clip:
+    def _received(self, clip: _Clip, book: JobBook) -> SampleTrace | None:
+        """The clip's trace, if its answer is there. What cannot be used is not in the book any more."""
+        try:
+            saved = clip.jobs.look()
+        except JobFailed:
+            book.drop(clip.record.id)
+            raise
+        if saved is None:
+            self._note(clip, book)
+            return None
+        try:
+            trace = self._finish(clip, self.server.answer(clip.request, saved))
+        except (HostError, ModelError) as error:
+            if clip.jobs.refuse_former(error):
+                return None
+            book.drop(clip.record.id)
+            raise
+        failed = ", ".join(check["name"] for check in trace.meta["checks"] if not check["passed"])
+        if failed and self.settings.on_failed_check == "stop":
+            if clip.jobs.refuse_former(f"failed checks: {failed}"):
+                return None
+            book.drop(clip.record.id)
+        return trace
+
+    def _note(self, clip: _Clip, book: JobBook) -> None:
+        """Let the book say which jobs may still come back."""
+        if not clip.jobs.ids:
+            book.drop(clip.record.id)
+            return
+        *earlier, newest = clip.jobs.ids
+        entry = Job(newest, self.server.host, clip.digest, clip.verify, clip.jobs.sent, tuple(earlier))
+        if book.get(clip.record.id) != entry:
+            book.put(clip.record.id, entry)
+
+    def _clip(self, record: Record, waveform: np.ndarray, verify: bool, known: Job | None = None) -> _Clip:
         prompt = self.prompt(record.id)
         heard = self.corruption.heard(record, waveform)
         tokens, clean = self.lalm.inputs(waveform, prompt, self.layout)
@@ -150,7 +173,10 @@ class RemoteTracer(Tracer):
             pack_tokens=self.settings.engine.pack_tokens,
         )
         digest = self._digest(request)
-        return _Clip(record, prompt, tokens, grid, request, digest, len(waveform), verify)
+        if known and (known.digest, known.host) != (digest, self.server.host):
+            known = None  # the answer to another request
+        jobs = ClipJobs(self.server, request, record.id, known)
+        return _Clip(record, prompt, tokens, grid, request, digest, len(waveform), verify, jobs)
 
     def _proofs(self, tokens: TokenTable) -> tuple[Intervention, Intervention]:
         """Two rows whose result is known: nothing patched, and everything patched after the middle layer."""
@@ -162,33 +188,7 @@ class RemoteTracer(Tracer):
         inputs = digest_of(request.clean) + digest_of(request.corrupted)
         return hashlib.sha256(inputs + f"{self.server.model_key}\0{rest!r}".encode()).hexdigest()
 
-    def _send(self, clip: _Clip) -> None:
-        clip.job, clip.state, clip.last_heard = self.server.submit(clip.request), "RECEIVED", time.monotonic()
-
-    def _entry(self, clip: _Clip) -> Job:
-        return Job(clip.job, self.server.host, clip.digest, clip.verify)
-
-    def _ask(self, clip: _Clip) -> dict[str, Any] | None:
-        """What the clip's job saved, or None; a job the server lost is sent again."""
-        backend = self.settings.backend
-        try:
-            state, saved = self.server.ask(clip.job)
-        except JobLost as reason:
-            clip.lost += 1
-            if clip.lost > backend.retries:
-                raise HostError(f"{self.server.host} gave up {clip.record.id} {clip.lost} times: {reason}") from None
-            log.warning("%s: sent again, the server gave it up: %s", clip.record.id, reason)
-            self._send(clip)
-            return None
-        now = time.monotonic()
-        if state is not None:
-            clip.state, clip.last_heard = state, now
-        elif now - clip.last_heard > backend.forget_seconds:
-            log.warning("%s: sent again, the server knows nothing of job %s", clip.record.id, clip.job)
-            self._send(clip)
-        return saved
-
-    def _finish(self, clip: _Clip, answer: ClipAnswer, progress: Progress) -> SampleTrace:
+    def _finish(self, clip: _Clip, answer: ClipAnswer) -> SampleTrace:
         """The sample's arrays, its checks, and why it does not count if it does not.
 
         Raises:
@@ -218,11 +218,13 @@ class RemoteTracer(Tracer):
             if clip.verify:
                 checks += self._verified(clip, answer)
                 trace.meta["spot_checked_cells"] = len(clip.request.repeated)
-            progress.advance(cells)
-        else:
-            progress.drop(cells)
         trace.meta["checks"] = [vars(check) for check in checks]
         return trace
+
+    def _count(self, clip: _Clip, trace: SampleTrace, progress: Progress) -> None:
+        computed = len(clip.grid.cells) if trace.meta["exclusion"] == str(Exclusion.KEPT) else 0
+        progress.drop(self.cells_per_sample - computed)
+        progress.advance(computed)
 
     def _verified(self, clip: _Clip, answer: ClipAnswer) -> list[Check]:
         assert answer.cells is not None

@@ -1,0 +1,82 @@
+"""A small NDIF on loopback as a process of its own, and runs on it: shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import xarray as xr
+
+import lalm_patch
+
+TESTS = Path(__file__).resolve().parent
+PROBABILITIES = ["p_clean", "p_corrupted", "p_patched"]
+
+
+class Server:
+    """The loopback NDIF as a process of its own.
+
+    Args:
+        port: where it listens; 0 for any.
+        store: the object store of another one that is started again here; by default a new one.
+    """
+
+    def __init__(self, port: int = 0, store: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.store = store or tempfile.TemporaryDirectory()
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "ndif_server.py"), "--port", str(port), "--store", self.store.name],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def control(self, **control: Any) -> None:
+        httpx.post(f"{self.url}/control", json=control).raise_for_status()
+
+    @property
+    def states(self) -> list[str]:
+        """States of all requests so far, in the order of their arrival."""
+        return list(httpx.get(f"{self.url}/counts").json()["requests"])
+
+    def kill(self, keep_store: bool = False) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        if not keep_store:
+            self.store.cleanup()
+
+
+def remote(server: Server, *more: str) -> tuple[str, ...]:
+    return (
+        *("backend=ndif", f"backend.host={server.url}", "backend.poll_seconds=0.02"),
+        *("backend.retries=1", "backend.pause_seconds=0.02", *more),
+    )
+
+
+def result(*overrides: str) -> xr.Dataset:
+    dataset = lalm_patch.trace(*overrides).dataset
+    assert dataset is not None
+    return dataset
+
+
+def assert_same_numbers(local: xr.Dataset, other: xr.Dataset) -> None:
+    """Every variable within 1e-5; what is not a probability or a rate, relative to its size."""
+    # A server sends the options' logits back, not the vocabulary's.
+    unknown = [f"{name}_{run}" for name in ("rank", "kl") for run in ("clean", "corrupted", "patched")]
+    local = local.drop_vars(unknown, errors="ignore")
+    assert set(local.data_vars) == set(other.data_vars)
+    for name, variable in local.data_vars.items():
+        if variable.dtype.kind == "f":
+            np.testing.assert_allclose(other[name], variable, atol=1e-5, rtol=1e-5, err_msg=str(name))
+        else:
+            np.testing.assert_array_equal(other[name], variable, err_msg=str(name))
