@@ -79,7 +79,7 @@ def balanced_part(
     options: Sequence[str],
     limit: int,
     seed: int,
-    usable: Callable[[str], bool] = lambda sample: True,
+    usable: Callable[[str], bool] | None = None,
 ) -> set[str]:
     """Ids of `limit` usable samples of `labels` (id to label), classes equal to within one as far as they reach.
 
@@ -101,7 +101,7 @@ def balanced_part(
             while members and counted < limit:
                 sample = members.popleft()
                 part.add(sample)
-                if usable(sample):
+                if usable is None or usable(sample):
                     counted += 1
                     break
         if counted == limit:
