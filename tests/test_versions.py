@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,3 +120,13 @@ def test_without_the_private_kernel_attention_is_the_plain_one(found: Any, monke
 
 def test_this_torch_has_the_kernel() -> None:
     assert suffix_attention.cpu_kernel() is getattr(torch.ops.aten, KERNEL)
+
+
+def test_the_page_names_the_oldest_version_that_is_allowed() -> None:
+    root = Path(__file__).parent.parent
+    (oldest,) = re.findall(r'"transformers>=([\d.]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"))
+    tried = re.findall(
+        r"^\| transformers \| ([\d.]+) \|", (root / "docs/versions.md").read_text(encoding="utf-8"), re.M
+    )
+    assert tried[0].startswith(f"{oldest}.")
+    assert all(version in (root / "README.md").read_text(encoding="utf-8") for version in tried)
