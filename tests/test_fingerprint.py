@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,11 @@ from huggingface_hub import constants
 from native_checkpoints import DestaFiles
 from safetensors.torch import save_file
 
-from lalm_patch import run as run_module
 from lalm_patch.config import compose
 from lalm_patch.errors import ModelError, StoreError
 from lalm_patch.models import fingerprint as module
-from lalm_patch.models.checkpoint import find_checkpoint, find_repository
-from lalm_patch.run import run
+from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint, find_repository
+from lalm_patch.run import run, run_identity, work
 from lalm_patch.settings import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -275,13 +276,35 @@ def test_weights_that_change_before_they_are_loaded(
     """A training that saves into the folder meanwhile: the run's identity is of the files that were there."""
     model = Path(shutil.copytree(checkpoints["qwen2_audio"], tmp_path / "model"))
     overrides = _overrides(model, write_sakura(tmp_path / "data", GENDER, clips=2, seconds=0.3))
-    opened = run_module._open_model
+    look = work.left_out
 
-    def late(*args: object) -> object:
+    def late(*args: Any) -> Any:
         flip(model / "model.safetensors", 0.5)
-        return opened(*args)  # type: ignore[arg-type]
+        return look(*args)
 
-    monkeypatch.setattr(run_module, "_open_model", late)
+    monkeypatch.setattr(work, "left_out", late)
     with pytest.raises(StoreError, match=r"its files were local:\w+ when this run began and are now local:\w+"):
         run(compose(*overrides), tmp_path / "out")
     assert not list(tmp_path.glob("out/**/result.nc"))
+
+
+def test_a_run_that_finished_under_the_former_fingerprint_is_still_shown(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_audio"], model)
+    data = write_sakura(tmp_path / "data", GENDER, 2)
+    settings = compose(
+        *("model=qwen2_audio", f"model.id={model}", "model.dtype=float32", "attr=gender", f"data.root={data}"),
+        *("granularity.layers=[0]", "threads=1"),
+    )
+    with monkeypatch.context() as before:
+        before.setattr(Checkpoint, "revision", property(lambda self: self.former_revision))
+        first = run(settings, tmp_path / "run").dataset
+    assert first is not None
+    assert run(settings, tmp_path / "run").dataset is not None
+    assert run_identity(settings)["weights"] != json.loads(first.attrs["run_identity"])["weights"]
+    config = model / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(StoreError, match=r"holds a finished run made with other settings \(weights: "):
+        run(settings, tmp_path / "run")

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.files import check_all_weights, check_small_files, read_config, read_files, without_config
-from lalm_patch.models.fingerprint import check_against_hub, fingerprint, published_checksums, stamp
+from lalm_patch.models.fingerprint import check_against_hub, fingerprint, former_fingerprint, published_checksums, stamp
 from lalm_patch.settings import ModelSettings
 
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
@@ -70,6 +70,14 @@ class Checkpoint:
     def revision(self) -> str:
         """Commits of the checkpoint and of its parts: what the numbers depend on."""
         return "+".join([self.commit, *(part.commit for part in self.parts.values())])
+
+    @property
+    def former_revision(self) -> str:
+        """What `revision` was while fingerprints of folders covered a part of each file."""
+        repositories = (self, *self.parts.values())
+        return "+".join(
+            f"{LOCAL}{former_fingerprint(each.folder)}" if each.local else each.commit for each in repositories
+        )
 
     @contextmanager
     def verified(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lalm_patch.config import compose
 from lalm_patch.errors import DataError
-from lalm_patch.run.plan import RunPlan, attribute_of, check_backend, left_out, load_records, plan_run
+from lalm_patch.run.plan import RunPlan, attribute_of, check_backend, left_out, load_records, plan_run, recognised
 from lalm_patch.run.show import RunOutcome, show
 from lalm_patch.run.work import complete, complete_shard
 from lalm_patch.settings import RunSettings
@@ -38,7 +38,7 @@ def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:
     Raises:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
-    plan = plan_run(settings)
+    plan = recognised(plan_run(settings), folder)
     if settings.shard is None:
         return show(plan, folder, complete(plan, folder, command))
     done = complete_shard(plan, Shard.parse(settings.shard), folder, command)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from lalm_patch.stimuli import (
     within,
 )
 from lalm_patch.storage.provenance import identity
+from lalm_patch.storage.run_store import read_receipt
 from lalm_patch.tracing.metrics import Exclusion
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,16 @@ def plan_run(settings: RunSettings) -> RunPlan:
     records = tuple(grouped(load_records(settings, attribute)))
     checkpoint = find_checkpoint(settings.model, weights=settings.backend.name == "local")
     return RunPlan(settings, attribute, records, identity(settings, data_fingerprint(records), checkpoint.revision))
+
+
+def recognised(plan: RunPlan, folder: Path) -> RunPlan:
+    """The plan, under the identity of the finished run in its folder, which may name the same weights the old way."""
+    receipt = read_receipt(folder)
+    if receipt is None or receipt["identity"] == plan.identity:
+        return plan
+    checkpoint = find_checkpoint(plan.settings.model, weights=plan.settings.backend.name == "local")
+    before = plan.identity | {"weights": checkpoint.former_revision}
+    return replace(plan, identity=before) if receipt["identity"] == before else plan
 
 
 def check_backend(settings: RunSettings) -> None:
