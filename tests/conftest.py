@@ -1,4 +1,7 @@
-"""Fixtures shared by the test modules: tiny checkpoints are made once per test session."""
+"""Fixtures shared by the test modules: tiny checkpoints are made once per test session.
+
+The process that only hands tests out to the workers imports this, too: torch and transformers are imported where used.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,19 @@ import offline  # noqa: F401  (before the libraries that read it)
 # isort: on
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
-from native_checkpoints import DestaFiles, save_desta2, save_desta25, save_qwen_audio
-from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
-from lalm_patch.figures import style
-from lalm_patch.models import LALM
-from lalm_patch.models.native import load_desta2, load_desta25, load_qwen_audio
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose a lot on a busy machine
+if TYPE_CHECKING:
+    from native_checkpoints import DestaFiles
+
+    from lalm_patch.models import LALM
 
 GENDER = Attribute(
     "gender",
@@ -48,6 +48,8 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 def load(folder: Path, family: str, **settings: str) -> LALM:
     """Open a tiny checkpoint the way a run does."""
+    from lalm_patch.models import LALM
+
     defaults = {"name": "tiny", "dtype": "float32", "device": "cpu"}
     return LALM.load(ModelSettings(family=family, id=str(folder), **(defaults | settings)))
 
@@ -71,6 +73,8 @@ def write_sakura(root: Path, attribute: Attribute, clips: int, seconds: float = 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of random tiny checkpoints, by family."""
+    from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
+
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         "qwen2_audio": save_tiny_qwen2_audio(root / "qwen2_audio"),
@@ -87,42 +91,56 @@ def lalm(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> LALM:
 @pytest.fixture(scope="session")
 def desta2_files(tmp_path_factory: pytest.TempPathFactory) -> DestaFiles:
     """DeSTA2's three repositories; copy what you change."""
+    from native_checkpoints import save_desta2
+
     return save_desta2(tmp_path_factory.mktemp("desta2") / "files")
 
 
 @pytest.fixture(scope="session")
 def desta25_files(tmp_path_factory: pytest.TempPathFactory) -> DestaFiles:
     """DeSTA2.5's three repositories; copy what you change."""
+    from native_checkpoints import save_desta25
+
     return save_desta25(tmp_path_factory.mktemp("desta25") / "files")
 
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen-Audio's repository; copy what you change."""
+    from native_checkpoints import save_qwen_audio
+
     return save_qwen_audio(tmp_path_factory.mktemp("qwen_audio") / "files")
 
 
 @pytest.fixture(scope="module")
 def desta2(desta2_files: DestaFiles) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor."""
+    from lalm_patch.models.native import load_desta2
+
     return load_desta2(desta2_files.location)
 
 
 @pytest.fixture(scope="module")
 def desta25(desta25_files: DestaFiles) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor."""
+    from lalm_patch.models.native import load_desta25
+
     return load_desta25(desta25_files.location)
 
 
 @pytest.fixture(scope="module")
 def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor."""
+    from lalm_patch.models.native import load_qwen_audio
+
     return load_qwen_audio(qwen_folder)
 
 
 @pytest.fixture(scope="module")
 def without_pdfs() -> Iterator[None]:
     """For modules of many runs that look at other things than PDFs, whose fonts take a quarter of a small run."""
+    from lalm_patch.figures import style
+
     whole = style.rendered
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
