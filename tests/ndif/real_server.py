@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--server-python", type=Path, required=True)
     parser.add_argument("--sandbox", action="store_true", help="run every block in a runner process")
+    parser.add_argument("--only", nargs="*", default=None, help="names of what goes wrong, as they are printed")
     parser.add_argument("--folder", type=Path, default=None, help="keeps logs and results; by default a temporary one")
     arguments = parser.parse_args()
     leave_the_network()
@@ -58,6 +59,8 @@ def main() -> None:
         stack.start()
         stack.deploy(model, key_text, "CpuSandboxActor" if arguments.sandbox else "CpuModelActor")
         for name, fault in faults.items():
+            if arguments.only and name not in arguments.only:
+                continue
             started = time.monotonic()
             outputs = root / name.replace(" ", "_").replace("'", "")
             command = [*what, f"outputs={outputs}", "backend=ndif", f"backend.host={stack.url}", *PATIENCE]
