@@ -66,9 +66,9 @@ class Cluster:
     Attributes:
         control: what tests want: `strict`; `hold`: so many blocks are run, the others wait; `key`: the only one that is
             taken; `minimum` version of nnsight; and, each for so many `times`, `refuse` (a request with `status` and
-            `detail`), `fail` (a block raises `text`), `say` (a job ends in one of the sentences `texts`), `lose` (a
-            job is received and not queued), `empty` (a job is done and has no result), `damage` (a result is cut) and
-            `page` (any answer is `text` with `status`, for browsers).
+            `detail`), `slow` (a block takes `seconds` more), `fail` (a block raises `text`), `say` (a job ends in one
+            of the sentences `texts`), `lose` (a job is received and not queued), `empty` (a job is done and has no
+            result), `damage` (a result is cut) and `page` (any answer is `text` with `status`, for browsers).
     """
 
     def __init__(self, store: Path) -> None:
@@ -155,6 +155,8 @@ class Cluster:
             self.respond(id, "COMPLETED", "Your job has been completed.", data=where)
 
     def run(self, request: RequestModel, blob: bytes) -> bytes:
+        if slow := self.next("slow"):
+            time.sleep(slow["seconds"])
         if failure := self.next("fail"):
             raise RuntimeError(failure["text"])
         model = self.model(request.model_key)

@@ -147,6 +147,17 @@ def test_silence_ends(server: Server, tiny: tuple[str, ...], computed_here: xr.D
     assert_whole(dataset, computed_here)
 
 
+def test_a_queue_that_moves_is_not_lost(
+    server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
+) -> None:
+    """The last job waits longer than the limit, and earlier ones come back: copies would only make the queue longer."""
+    before = len(server.states)
+    server.control(slow={"times": CLIPS, "seconds": 2})
+    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.max_jobs=3", "backend.stale_seconds=3.5"))
+    assert_whole(dataset, computed_here)
+    assert server.states[before:] == ["COMPLETED"] * CLIPS
+
+
 def test_answers_that_come_back_twice(
     server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ class ClipJobs:
         self.sent_again = 0
         self.overtaken_at: float | None = None
         self.answered_by: _Sent | None = None
+        self._queue_moved_at = float("-inf")
         self._send_at: float | None = None
         self._alive: list[_Sent] = []
         if known:
@@ -116,9 +117,14 @@ class ClipJobs:
             self._send_again_if_silent()
         return None
 
-    def overtaken_by(self, sent: float) -> None:
-        """A job sent at this time (seconds since 1970) is done; jobs of a model are begun in the order they came."""
-        if self.waiting and self.sent < sent and self.overtaken_at is None:
+    def answered(self, sent: float) -> None:
+        """Another clip's job, sent at this time (seconds since 1970), came back; a model's jobs begin in their order.
+
+        From an earlier one it follows that the queue moves, and from a later one that this one is not in it.
+        """
+        if sent < self.sent:
+            self._queue_moved_at = time.monotonic()
+        elif self.waiting and self.overtaken_at is None:
             self.overtaken_at = time.monotonic()
 
     def refuse_former(self, reason: object) -> bool:
@@ -159,7 +165,8 @@ class ClipJobs:
 
     def _send_again_if_silent(self) -> None:
         newest, now = self._alive[-1], time.monotonic()
-        since, limit = max(job.changed for job in self._alive), self.settings.stale_seconds
+        since = max(self._queue_moved_at, *(job.changed for job in self._alive))
+        limit = self.settings.stale_seconds
         suspicions = [since] if newest.former and not newest.moved else []
         suspicions += [self.server.last_outage] if self.server.last_outage > since else []
         suspicions += [self.overtaken_at] if self.overtaken_at is not None else []

@@ -27,7 +27,6 @@ from tiny_models import save_tiny_qwen2_audio  # noqa: E402
 
 from lalm_patch.storage.jobs import JOBS  # noqa: E402
 
-CLIPS = 24
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -35,13 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--server-python", type=Path, required=True)
     parser.add_argument("--sandbox", action="store_true", help="run every block in a runner process")
+    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--only", nargs="*", default=None, help="names of what goes wrong, as they are printed")
     parser.add_argument("--folder", type=Path, default=None, help="keeps logs and results; by default a temporary one")
     arguments = parser.parse_args()
     leave_the_network()
     root = arguments.folder or Path(tempfile.mkdtemp(prefix="ndif-"))
     root.mkdir(parents=True, exist_ok=True)
     model = save_tiny_qwen2_audio(root / "model")
-    data = write_sakura(root / "data", GENDER, clips=CLIPS)
+    data = write_sakura(root / "data", GENDER, clips=arguments.clips)
     what = ("model=qwen2_audio", f"model.id={model}", "model.dtype=float32", "attr=gender", f"data.root={data}")
     here = result(*what, f"outputs={root / 'here'}")[PROBABILITIES]
     stack = Stack(arguments.server_python.absolute(), root)
@@ -58,6 +59,8 @@ def main() -> None:
         stack.start()
         stack.deploy(model, key_text, "CpuSandboxActor" if arguments.sandbox else "CpuModelActor")
         for name, fault in faults.items():
+            if arguments.only and name not in arguments.only:
+                continue
             started = time.monotonic()
             outputs = root / name.replace(" ", "_").replace("'", "")
             command = [*what, f"outputs={outputs}", "backend=ndif", f"backend.host={stack.url}", *PATIENCE]
@@ -74,7 +77,7 @@ def main() -> None:
             again = output.count("sent again")
             largest = max(float(abs(here[one] - there[one]).max()) for one in PROBABILITIES)
             print(
-                f"{name}: {CLIPS} clips, each once, largest difference {largest:.2g}, {again} times something was sent "
+                f"{name}: {arguments.clips} clips, each once, largest difference {largest:.2g}, {again} times something was sent "
                 f"again, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
