@@ -87,13 +87,13 @@ class Forked:
             os.kill(self.pid, number)
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
-        self._child.join(timeout)
-        if self.poll() is None:
-            self._child.kill()
-            raise subprocess.TimeoutExpired(self.args, timeout)
         with ExitStack() as stack:
-            out, err = (stack.enter_context(stream).read().decode() for stream in self._streams)
-        return out, err
+            out, err = (stack.enter_context(stream) for stream in self._streams)
+            self._child.join(timeout)
+            if self.poll() is None:
+                self._child.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return out.read().decode(), err.read().decode()
 
 
 def _carry_out(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], streams: list[str]) -> None:
