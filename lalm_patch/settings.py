@@ -230,8 +230,8 @@ class BackendSettings:
         longest_pause_seconds: up to this.
         forget_seconds: a job is sent again if for this long the server knows nothing of it, or leaves it waiting though
             a later one is done, the server was away, or another process had sent it.
-        stale_seconds: any job is sent again whose status and description stay the same for this long while no earlier one
-            comes back; the next time after twice as long, and so on. The first answer counts.
+        stale_seconds: any job is sent again whose status and description stay the same for this long while no earlier
+            one comes back; the next time after twice as long, and so on. The first answer counts.
     """
 
     name: str = MISSING
