@@ -77,8 +77,8 @@ def main() -> None:
             again = output.count("sent again")
             largest = max(float(abs(here[one] - there[one]).max()) for one in PROBABILITIES)
             print(
-                f"{name}: {arguments.clips} clips, each once, largest difference {largest:.2g}, {again} times something "
-                f"was sent again, {time.monotonic() - started:.0f} s",
+                f"{name}: {arguments.clips} clips, each once, largest difference {largest:.2g}, {again} times "
+                f"something was sent again, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
     finally:
