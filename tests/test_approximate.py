@@ -289,7 +289,7 @@ def test_too_few_exact_cells(tmp_path: Path) -> None:
         (("granularity=edge", "site=attn", "direction=noising"), "not granularity=edge"),
         (("backend=ndif",), "not backend=ndif"),
         (("metric=rank",), "not metric=rank"),
-        (("engine.licence_cells=0",), "expected numbers from 1"),
+        (("engine.licence_cells=0",), "engine.licence_cells=0: expected a whole number from 1"),
     ],
 )
 def test_what_an_approximation_is_not_asked(overrides: tuple[str, ...], message: str) -> None:

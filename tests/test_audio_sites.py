@@ -298,7 +298,7 @@ def test_the_mean_over_clips_has_its_own_n_in_every_window(tmp_path: Path) -> No
         (("site=embed",), "expected granularity=audio, got granularity=layer"),
         (("site=tower", "granularity=token"), "expected granularity=audio, got granularity=token"),
         (("granularity=audio", "site=head"), "use granularity=layer"),
-        (("granularity=audio", "granularity.seconds=0"), "one of them and positive, got seconds=0.0"),
+        (("granularity=audio", "granularity.seconds=0"), "granularity.seconds=0: expected a finite number above 0"),
         (("granularity=audio", "granularity.positions=2"), "one of them and positive"),
         (("granularity=audio", "granularity.seconds=null"), "one of them and positive"),
         (("granularity.seconds=1",), "go with granularity=audio, not layer"),

@@ -114,7 +114,9 @@ def test_what_was_repaired_is_stored_and_counted(
 def test_details_travel(dataset: xr.Dataset, corpus: Path) -> None:
     for detail in dataset["exclusion_detail"].values:
         assert str(corpus) not in str(detail)
-    assert str(dataset["exclusion_detail"].sel(sample=MISSING).values).startswith("expected an audio file at female_05")
+    assert str(dataset["exclusion_detail"].sel(sample=MISSING).values).startswith(
+        "female_05.wav: expected an audio file at female_05.wav"
+    )
 
 
 def test_stop_names_every_one_at_once(overrides: tuple[str, ...], tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_run_of_it(name: str, model: str, tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together() -> None:
     for overrides, message in (
         (("corruption=mean", "backend=ndif"), "replaces audio embeddings, which only this machine can"),
-        (("corruption=gaussian", "corruption.scale=0"), "expected a positive number"),
+        (("corruption=gaussian", "corruption.scale=0"), "corruption.scale=0: expected a finite number above 0"),
         (("corruption.scale=2",), "goes with corruption=gaussian"),
     ):
         with pytest.raises(ConfigError, match=message):

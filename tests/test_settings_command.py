@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import ENVIRONMENT
+from commands import ENVIRONMENT
 
 from lalm_patch.config import compose
 from lalm_patch.errors import StoreError

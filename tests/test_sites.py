@@ -265,7 +265,7 @@ def test_a_server_exchanges_single_layers_of_the_residual_stream_only() -> None:
     for override in ("site=mlp", "direction=noising", "site.window=2"):
         with pytest.raises(ConfigError, match="use backend=local"):
             lalm_patch.compose("backend=ndif", override)
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match=r"site\.window=0: expected a whole number from 1"):
         lalm_patch.compose("site.window=0")
 
 

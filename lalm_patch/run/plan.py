@@ -137,12 +137,12 @@ def left_out(plan: RunPlan, max_seconds: float = math.inf) -> dict[str, LeftOut]
             errors[record.id] = look.error
             found[record.id] = LeftOut(Exclusion.UNREADABLE, _detail(record, look.error))
         elif not look.sounds:
-            found[record.id] = LeftOut(Exclusion.SILENT, f"its peak is {look.peak:.1f} dB below full scale")
+            found[record.id] = LeftOut(Exclusion.SILENT, f"{record.id}: its peak is {look.peak:.1f} dBFS")
     if errors and plan.settings.data.bad_clips == "stop":
         raise AudioError(_all_named(plan, list(errors.values())))
     _report(plan, errors, silent=len(found) - len(errors))
     if len(found) == len(plan.records):
-        reasons = sorted({f"{record.id}: {found[record.id].detail}" for record in plan.records})
+        reasons = sorted(clip.detail for clip in found.values())
         raise DataError(f"none of the {len(reasons)} clips can be used:\n  " + "\n  ".join(reasons))
     return found
 
@@ -180,6 +180,5 @@ def _counted(errors: Sequence[AudioError], silent: int = 0) -> str:
 
 
 def _detail(record: Record, error: AudioError) -> str:
-    """What is stored with a result, which travels: no path of this machine."""
-    text = str(error).removeprefix(f"{record.name}: ")
-    return text.replace(str(record.source), record.id) if isinstance(record.source, Path) else text
+    """What is stored with a result, which travels: the clip's id in place of where it lies on this machine."""
+    return str(error).replace(record.name, record.id)

@@ -25,6 +25,7 @@ from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, sha
 from lalm_patch.terminal import Progress
 
 if TYPE_CHECKING:
+    from lalm_patch.models import LALM
     from lalm_patch.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def complete(plan: RunPlan, folder: Path, command: str) -> xr.Dataset:
     Raises:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
-    return _complete(plan, folder, command, _opened_once(plan), time.monotonic())
+    return _complete(plan, folder, command, _Preparation(plan), time.monotonic())
 
 
 def complete_shard(plan: RunPlan, shard: Shard, folder: Path, command: str) -> xr.Dataset | str:
@@ -56,37 +57,39 @@ def complete_shard(plan: RunPlan, shard: Shard, folder: Path, command: str) -> x
     Raises:
         LalmPatchError: anything a user can put right; samples computed so far are kept.
     """
-    started, opened = time.monotonic(), _opened_once(plan)
+    started, preparation = time.monotonic(), _Preparation(plan)
     if is_finished(folder, plan.identity):
-        return _complete(plan, folder, command, opened, started)
+        return _complete(plan, folder, command, preparation, started)
     own, shard_folder = shard.select(plan.records), shard.folder(folder)
     with RunStore(shard_folder, plan.identity) as store:
         elsewhere = stored_elsewhere(folder, plan.identity, but=shard_folder)
         todo = [record for record in own if record.id not in elsewhere]
         if {record.id for record in todo} - store.completed():
             spot_checks = shard.share(plan.settings.engine.spot_checks)
-            _trace_missing(plan, store, todo, spot_checks, opened())
+            _trace_missing(plan, store, todo, spot_checks, preparation.open())
         mark_complete(shard_folder, plan.identity, len(own))
     stored = stored_elsewhere(folder, plan.identity)
     if missing := sum(record.id not in stored for record in plan.records):
         left = f"{missing} of the run's {len(plan.records)} clips are left to other shards; the last one merges"
     else:
         try:
-            return _complete(plan, folder, command, opened, started)
+            return _complete(plan, folder, command, preparation, started)
         except BusyError as error:
             left = f"not merged here, because {error} It merges, or the same command does later."
     return f"shard {shard.index}/{shard.count}: its {len(own)} clips are stored; {left}"
 
 
-def _complete(plan: RunPlan, folder: Path, command: str, opened: Callable[[], _Opened], started: float) -> xr.Dataset:
+def _complete(plan: RunPlan, folder: Path, command: str, preparation: _Preparation, started: float) -> xr.Dataset:
+    if not is_finished(folder, plan.identity):
+        preparation.look()  # what stops the run stops it before anything is written
     with RunStore(folder, plan.identity) as store:
         if store.finished:
             log.info("this run is finished; its result is shown again")
         else:
             if taken := sum(store.absorb(shard) for shard in shard_folders(folder)):
                 log.info("taken over from shards: %d samples", taken)
-            _trace_missing(plan, store, plan.records, plan.settings.engine.spot_checks, opened())
-            dataset = _dataset(plan, store, opened().tracer, command)
+            _trace_missing(plan, store, plan.records, plan.settings.engine.spot_checks, preparation.open())
+            dataset = _dataset(plan, store, preparation.open().tracer, command)
             dataset.attrs["seconds_of_last_process"] = round(time.monotonic() - started, 1)
             store.finalise(dataset)
         remove_journals(folder)
@@ -104,29 +107,46 @@ class _Opened:
     left_out: dict[str, LeftOut]
 
 
-def _opened_once(plan: RunPlan) -> Callable[[], _Opened]:
-    """Opens the model when it is first needed: what is stored already needs none."""
-    return functools.cache(functools.partial(_open, plan))
+class _Preparation:
+    """What a process does at most once, and only if something is left to compute.
+
+    Args:
+        plan: the run.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.look: Callable[[], tuple[LALM, dict[str, LeftOut]]] = functools.cache(functools.partial(_look, plan))
+        self.open: Callable[[], _Opened] = functools.cache(lambda: _open(plan, *self.look()))
 
 
-def _open(plan: RunPlan) -> _Opened:
-    """Look at the clips, then load and prove the model.
+def _look(plan: RunPlan) -> tuple[LALM, dict[str, LeftOut]]:
+    """The model's outline and the clips that are not put through it.
 
     Raises:
-        LalmPatchError: clips cannot be used, the model cannot be opened, or it fails a check that the settings do not
-            tolerate.
+        LalmPatchError: clips cannot be used, or there is no such model.
     """
     import torch
 
     from lalm_patch.models import LALM, check_family
-    from lalm_patch.tracing import RemoteTracer, Tracer
 
     settings = plan.settings
     check_family(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     outline = LALM.outline(settings.model)  # the window is known without weights, which can take long to load
-    out = left_out(plan, outline.family.max_seconds)
+    return outline, left_out(plan, outline.family.max_seconds)
+
+
+def _open(plan: RunPlan, outline: LALM, out: dict[str, LeftOut]) -> _Opened:
+    """Load and prove the model.
+
+    Raises:
+        LalmPatchError: it cannot be opened, or fails a check that the settings do not tolerate.
+    """
+    from lalm_patch.models import LALM
+    from lalm_patch.tracing import RemoteTracer, Tracer
+
+    settings = plan.settings
     records = [record for record in plan.records if record.id not in out]
     tracer: Tracer
     if settings.backend.name == "ndif":

@@ -300,6 +300,10 @@ def _of_type(hint: Any) -> Range:
     return _BY_TYPE[hint]
 
 
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
+"""User name and password in an address."""
+
+
 def shown(value: Any, length: int = 80) -> str:
     """A value for a message: on one line, as one would write it in YAML, cut to a length."""
     if value is None or isinstance(value, bool):
@@ -309,7 +313,7 @@ def shown(value: Any, length: int = 80) -> str:
     elif isinstance(value, Mapping):
         text = f"{{{', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items())}}}"
     else:
-        text = str(value)
+        text = _CREDENTIALS.sub("://...@", str(value))  # messages end up in logs
     if not text.isprintable():
         text = repr(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -26,7 +26,8 @@ WAITING = ("", "RECEIVED", "QUEUED", "PROVISIONING", "DEPLOYING")
 class _Sent:
     """A job, and what was last heard of it.
 
-    `former`: by a process before this one. `moved`: something has changed since it was first heard of here.
+    `former`: by a process before this one. `moved`: something has changed since it was first heard of here. `begun`:
+    when this process sent it or picked it up.
     """
 
     id: str
@@ -34,6 +35,7 @@ class _Sent:
     former: bool = False
     moved: bool = False
     heard: tuple[str, str] = ("", "")
+    begun: float = field(default_factory=time.monotonic)
     changed: float = field(default_factory=time.monotonic)
 
 
@@ -168,7 +170,9 @@ class ClipJobs:
         since = max(self._queue_moved_at, *(job.changed for job in self._alive))
         limit = self.settings.stale_seconds
         suspicions = [since] if newest.former and not newest.moved else []
-        suspicions += [self.server.last_outage] if self.server.last_outage > since else []
+        # What is heard after an outage may have been written before it: only a queue that moves shows that it is there.
+        outage = self.server.last_outage
+        suspicions += [outage] if outage > max(self._queue_moved_at, newest.begun) else []
         suspicions += [self.overtaken_at] if self.overtaken_at is not None else []
         if self.waiting and suspicions:
             since, limit = max(since, min(suspicions)), min(limit, self.settings.forget_seconds)
