@@ -40,6 +40,7 @@ class Architecture:
             loads by itself, but switches on in generate() only.
         logit_divisor: setting of the decoder's config by which its own class divides logits, and the audio model's
             class, which has a head of its own, forgets to.
+        left_out: beginnings of the names of weights of other parts in the same files (an omni model's that speak).
     """
 
     model_class: str
@@ -47,6 +48,7 @@ class Architecture:
     audio_only: str | None = None
     adapter: str | None = None
     logit_divisor: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {
@@ -57,8 +59,16 @@ ARCHITECTURES = {
     ),
     "glmasr": Architecture("GlmAsrForConditionalGeneration"),
     "qwen3_asr": Architecture("Qwen3ASRForConditionalGeneration"),
-    "qwen2_5_omni": Architecture("Qwen2_5OmniThinkerForConditionalGeneration", audio_only="Qwen2_5OmniProcessor"),
-    "qwen3_omni_moe": Architecture("Qwen3OmniMoeThinkerForConditionalGeneration", audio_only="Qwen3OmniMoeProcessor"),
+    "qwen2_5_omni": Architecture(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        audio_only="Qwen2_5OmniProcessor",
+        left_out=("talker.", "token2wav."),
+    ),
+    "qwen3_omni_moe": Architecture(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        audio_only="Qwen3OmniMoeProcessor",
+        left_out=("talker.", "code2wav."),
+    ),
     "phi4_multimodal": Architecture(
         "Phi4MultimodalForCausalLM", audio_in_text=True, audio_only="Phi4MultimodalProcessor", adapter="speech-lora"
     ),
@@ -102,8 +112,9 @@ class Generic(Family):
         family = cls._open(folder)
         architecture = family.architecture
         model_class: Any = getattr(transformers, architecture.model_class)
-        # Surplus weights that the class knows and leaves out (an omni model's parts that speak) are not in the report.
-        module = load_pretrained(model_class, folder, adapter=architecture.adapter == ".", **weights)
+        module = load_pretrained(
+            model_class, folder, adapter=architecture.adapter == ".", left_out=architecture.left_out, **weights
+        )
         _hear_with_adapter(module, folder, architecture.adapter)
         return module, family
 

@@ -32,7 +32,13 @@ _SIMPLE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_pretrained(
-    model_class: Any, folder: Path, *, setting: str = "", adapter: bool = False, **weights: Any
+    model_class: Any,
+    folder: Path,
+    *,
+    setting: str = "",
+    adapter: bool = False,
+    left_out: tuple[str, ...] = (),
+    **weights: Any,
 ) -> PreTrainedModel:
     """`model_class.from_pretrained(folder)`, whose report is read.
 
@@ -41,6 +47,8 @@ def load_pretrained(
         folder: configuration and weights.
         setting: the setting that gave the folder, for messages.
         adapter: whether LoRA weights in the same folder belong to the published model.
+        left_out: beginnings of the names of weights that the published checkpoint holds and the model does not want.
+            Newer transformers know them by themselves.
         weights: `from_pretrained`'s keywords; None means its default.
 
     Raises:
@@ -64,7 +72,7 @@ def load_pretrained(
     refuse_gaps(
         f"{setting}={_places(folder, report)}" if setting else _places(folder, report),
         missing=report["missing_keys"],
-        unexpected=report["unexpected_keys"],
+        unexpected=[key for key in report["unexpected_keys"] if not key.startswith(left_out)],
         misshapen={key: (found, expected) for key, found, expected in report["mismatched_keys"]},
     )
     opened: PreTrainedModel = module
