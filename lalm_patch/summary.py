@@ -15,6 +15,7 @@ from lalm_patch.analysis import (
     Estimate,
     about,
     accuracy,
+    classes,
     exclusion_table,
     grounding,
     is_readable,
@@ -79,7 +80,7 @@ def _samples(dataset: xr.Dataset) -> list[str]:
         f"right    clean {right.clean:.0%}, corrupted {right.corrupted:.0%}, chance {right.chance:.0%} (n={right.n})"
     )
     lines += _repaired(dataset)
-    labels = dataset["label"].values.astype(str)
+    _, labels = classes(dataset)
     width = max(len(str(label)) for label in table["label"].values)
     lines.append(f"         {'class':<{width}}     n  clean right  corrupted right  count")
     for label in table["label"].values:
@@ -93,7 +94,7 @@ def _samples(dataset: xr.Dataset) -> list[str]:
 def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     peak = peak_layer(dataset, recovery)
     if peak is None:
-        return [why_none_counts(dataset)]
+        return [why_none_counts(dataset), *_one_clip(dataset)]
     kept = dataset.isel(sample=np.flatnonzero(dataset["kept"].values))
     line = over_layers(recovery)
     info = about(dataset)
@@ -118,6 +119,26 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
     if (found := licence(dataset)) is not None:
         lines.append(f"licence  {found}; mean error of the rate {found.error:.2g}")
+    return lines
+
+
+def _one_clip(dataset: xr.Dataset) -> list[str]:
+    """Of a single clip that does not count: what the model says, and how to see its map all the same."""
+    if dataset.sizes["sample"] != 1 or "top_token_clean" not in dataset or not str(dataset["top_token_clean"].item()):
+        return []
+    said = {
+        run: f"{str(dataset[f'prediction_{run}'].item())!r} (most probable token: "
+        f"{str(dataset[f'top_token_{run}'].item()).strip()!r})"
+        for run in ("clean", "corrupted")
+    }
+    lines = [
+        f"said     on the clip {said['clean']}, on the corrupted one {said['corrupted']}; right is "
+        f"{str(dataset['label'].item())!r}: p {dataset['p_clean'].item():.3f} and {dataset['p_corrupted'].item():.3f}"
+    ]
+    if bool(dataset["p_patched"].isnull().all()):
+        lines.append("         to see its map all the same: trace_excluded=true")
+    else:
+        lines.append("         the map is drawn all the same (trace_excluded=true), and marked")
     return lines
 
 

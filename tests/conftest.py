@@ -112,6 +112,12 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_qwen_audio(tmp_path_factory.mktemp("qwen_audio") / "files")
 
 
+@pytest.fixture(scope="session")
+def native_folders(desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path) -> dict[str, Path]:
+    """Folders of the families that this package carries the code of, by family."""
+    return {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
+
+
 @pytest.fixture(scope="module")
 def desta2(desta2_files: DestaFiles) -> tuple[Any, Any, Any]:
     """Model, tokenizer and feature extractor."""

@@ -89,6 +89,13 @@ def test_every_model_file_composes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(config_folder().glob("attr/*.yaml")), ids=lambda path: path.stem)
 def test_every_attribute_file_makes_an_attribute(path: Path) -> None:
+    if path.stem == "own":  # is completed on the command line
+        given = ("data=clip", "data.audio=a.wav", "attr.question=Q", "attr.options=[a,b]", "attr.answer=a")
+        assert compose(*given).attr.name == "own"
+        return
+    if path.stem == "each_clip":  # has no question: the clips do
+        assert compose("data=table", "data.path=a.csv").attr.name == "table"
+        return
     attr = compose(f"attr={path.stem}").attr
     assert Attribute(attr.name, attr.question, tuple(attr.options), attr.response, attr.folder).name == path.stem
 

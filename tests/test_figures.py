@@ -137,7 +137,9 @@ def test_clip_figure_holds_the_clips_own_rates(tmp_path: Path, token_wise: bool)
     with pytest.raises(DataError, match="no clip 'other'"):
         plot_clip(run, "other", waveform, tmp_path)
     dropped = run.assign(kept=("sample", np.zeros(run.sizes["sample"], bool)))
-    with pytest.raises(DataError, match="was not patched"):
+    assert len(rows_of(plot_clip(dropped, "clip2", waveform, tmp_path, answers=False))) == len(rows)  # and marked
+    dropped["p_patched"] = dropped["p_patched"] * np.nan
+    with pytest.raises(DataError, match=r"was not patched.*trace_excluded=true"):
         plot_clip(dropped, "clip2", waveform, tmp_path)
 
 

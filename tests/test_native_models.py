@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load, noise
-from native_checkpoints import DestaFiles, save_desta2
+from native_checkpoints import save_desta2
 from safetensors.torch import load_file, save_file
 from test_engines import encodings, likely_tokens
 
@@ -29,14 +29,9 @@ CELLS = 30  # that the direct engine computes, too
 SPOKEN = " Kids are talking by the door."
 
 
-@pytest.fixture(scope="module")
-def folders(desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path) -> dict[str, Path]:
-    return {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
-def native(request: pytest.FixtureRequest, folders: dict[str, Path]) -> LALM:
-    return load(folders[request.param], request.param)
+def native(request: pytest.FixtureRequest, native_folders: dict[str, Path]) -> LALM:
+    return load(native_folders[request.param], request.param)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +69,16 @@ def test_roles_spell_out_the_prompt(native: LALM, asked: Prompt) -> None:
             assert len(tokens.audio_positions) == 25 + 2
 
 
-def test_without_transcript_there_is_none(folders: dict[str, Path], prompt: Prompt) -> None:
+def test_without_transcript_there_is_none(native_folders: dict[str, Path], prompt: Prompt) -> None:
     for family in ("desta2", "desta25"):
-        tokens, _ = load(folders[family], family).inputs(noise(1.0), prompt, "chat")
+        tokens, _ = load(native_folders[family], family).inputs(noise(1.0), prompt, "chat")
         assert "transcript" not in tokens.roles
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_proven_at_load(folders: dict[str, Path], prompt: Prompt, family: str, implementation: str) -> None:
-    lalm = load(folders[family], family, attn_implementation=implementation)
+def test_proven_at_load(native_folders: dict[str, Path], prompt: Prompt, family: str, implementation: str) -> None:
+    lalm = load(native_folders[family], family, attn_implementation=implementation)
     assert replay_obstacle(lalm) is None
     for layout in lalm.family.layouts:
         for check in prove(lalm, make_pair(lalm, prompt, layout)):
@@ -129,8 +124,8 @@ def test_target_tokens_follow_the_phrase(native: LALM, prompt: Prompt) -> None:
         assert ids[1] == after[len(before)]
 
 
-def test_outline_needs_no_weights(folders: dict[str, Path], native: LALM, asked: Prompt) -> None:
-    family = next(name for name in FAMILIES if native.id == str(folders[name]))
+def test_outline_needs_no_weights(native_folders: dict[str, Path], native: LALM, asked: Prompt) -> None:
+    family = next(name for name in FAMILIES if native.id == str(native_folders[name]))
     outline = LALM.outline(ModelSettings(name="tiny", family=family, id=native.id, dtype="float32", device="cpu"))
     assert {p.device.type for p in outline.module.parameters()} == {"meta"}
     shapes = {name: tuple(p.shape) for name, p in outline.module.named_parameters()}
@@ -139,31 +134,31 @@ def test_outline_needs_no_weights(folders: dict[str, Path], native: LALM, asked:
         assert outline.inputs(noise(0.7), asked, layout)[0] == native.inputs(noise(0.7), asked, layout)[0]
 
 
-def test_decoder_and_encoder_can_be_chosen(folders: dict[str, Path], tmp_path: Path, prompt: Prompt) -> None:
+def test_decoder_and_encoder_can_be_chosen(native_folders: dict[str, Path], tmp_path: Path, prompt: Prompt) -> None:
     other = save_desta2(tmp_path)
-    own = load(folders["desta2"], "desta2")
-    same = load(folders["desta2"], "desta2", decoder=str(other.decoder), encoder=str(other.encoder))
+    own = load(native_folders["desta2"], "desta2")
+    same = load(native_folders["desta2"], "desta2", decoder=str(other.decoder), encoder=str(other.encoder))
     assert same.commit == own.commit  # the same files in another place
     assert torch.equal(logits(same, prompt), logits(own, prompt))
     weights = load_file(other.decoder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(weights, other.decoder / "model.safetensors", metadata={"format": "pt"})
-    changed = load(folders["desta2"], "desta2", decoder=str(other.decoder))
+    changed = load(native_folders["desta2"], "desta2", decoder=str(other.decoder))
     assert changed.commit != own.commit
     assert not torch.equal(logits(changed, prompt), logits(own, prompt))
     with pytest.raises(ModelError, match=r"model\.encoder=\./nowhere: no such folder"):
-        load(folders["desta2"], "desta2", encoder="./nowhere")
+        load(native_folders["desta2"], "desta2", encoder="./nowhere")
 
 
-def test_transcription_is_of_the_clip(folders: dict[str, Path]) -> None:
-    lalm = load(folders["desta25"], "desta25")
+def test_transcription_is_of_the_clip(native_folders: dict[str, Path]) -> None:
+    lalm = load(native_folders["desta25"], "desta25")
     clip = noise(1.0)
     assert lalm.family.transcribe(clip, lalm.module) == lalm.family.transcribe(clip, lalm.module)
     assert lalm.family.transcribe(silence(clip), lalm.module) == " "
 
 
-def test_checkpoint_of_another_family_is_refused(folders: dict[str, Path]) -> None:
+def test_checkpoint_of_another_family_is_refused(native_folders: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match=r"type 'desta25', expected DestaModel"):
-        load(folders["desta25"], "desta2")
+        load(native_folders["desta25"], "desta2")
     with pytest.raises(ModelError, match=r"type 'DestaModel', expected qwen$"):
-        load(folders["desta2"], "qwen_audio")
+        load(native_folders["desta2"], "qwen_audio")

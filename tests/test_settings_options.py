@@ -41,11 +41,21 @@ def test_leading_space_is_advised_where_it_works(lalm: LALM) -> None:
     assert len(set(ids)) == 2
 
 
-def test_other_words_are_advised_where_neither_works(lalm: LALM) -> None:
+def test_other_ways_are_advised_where_neither_works(lalm: LALM) -> None:
+    prompt = Prompt.from_attribute(replace(GENDER, options=("speaker one", "speaker two")))
     for target in ("leading_space", "bare"):
-        message = asked(lalm, ("speaker one", "speaker two"), target)
-        assert "does not help either, so use other words" in message
+        message = asked(lalm, prompt.options, target)
+        assert "does not help either, so set prompt.answer=whole" in message
+        assert "prompt.options=letters" in message
         assert "set prompt.target" not in message
+        letters_with = "bare" if "letters prompt.target=bare" in message else target
+        assert len(lalm.answer_ids(replace(prompt, letters=True), "chat", letters_with, whole=False)) == 2
+        assert len(lalm.answer_ids(prompt, "chat", target, whole=True)) == 2
+
+
+def test_other_words_are_advised_where_nothing_works(lalm: LALM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(lalm.family), "text_ids", lambda *_, continuation="": [1, 2] if continuation else [1])
+    assert "does not help either, so use other words" in asked(lalm, ("one", "two"), "bare")
 
 
 def test_layouts_and_transcripts_are_checked_before_the_model_is_loaded(

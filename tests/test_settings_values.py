@@ -345,6 +345,8 @@ def test_every_path_is_such_a_setting() -> None:
     assert {path for path, entry in ALLOWED.items() if isinstance(entry.range, Place)} == {
         "outputs",
         "data.root",
+        "data.audio",
+        "data.path",
         "model.id",
         "model.decoder",
         "model.encoder",

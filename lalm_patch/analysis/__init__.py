@@ -1,6 +1,7 @@
 """Datasets of runs in; findings out. Needs no model and no torch: it works on a dataset opened anywhere.
 
 run_info    which run a dataset is
+options     what each option says, where questions differ from clip to clip
 metric      other metrics than the probability
 alignment   one token axis for all samples
 resampling  the bootstrap over groups
@@ -36,6 +37,7 @@ from lalm_patch.analysis.ledger import (
 from lalm_patch.analysis.lens import seen_at_tokens, seen_in_audio
 from lalm_patch.analysis.licence import Licence, licence
 from lalm_patch.analysis.metric import METRICS, with_metric
+from lalm_patch.analysis.options import chance, classes, has_own_options, option_texts, right_options
 from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
 from lalm_patch.analysis.recovery import (
@@ -71,11 +73,14 @@ __all__ = [
     "about",
     "accuracy",
     "align_tokens",
+    "chance",
     "check_claims",
+    "classes",
     "compare",
     "exclusion_table",
     "fusion",
     "grounding",
+    "has_own_options",
     "is_readable",
     "is_right",
     "kept_samples",
@@ -83,12 +88,14 @@ __all__ = [
     "lost_classes",
     "mean_recovery",
     "object_effect",
+    "option_texts",
     "over_layers",
     "peak_interval",
     "peak_layer",
     "planted_window",
     "ratio_of_means",
     "relevant",
+    "right_options",
     "run_settings",
     "seen_at_tokens",
     "seen_in_audio",

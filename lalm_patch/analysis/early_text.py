@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.analysis.alignment import kept_samples
+from lalm_patch.analysis.options import right_options
 from lalm_patch.analysis.recovery import group_names, mean_over_samples
 from lalm_patch.analysis.resampling import CONFIDENCE
 from lalm_patch.analysis.run_info import about, run_settings
@@ -31,9 +32,9 @@ def accuracy_without_early_audio(dataset: xr.Dataset, confidence: float = CONFID
     if run_settings(dataset).get("granularity", {}).get("name") != "early_text_only":
         raise ValueError("accuracy without early audio needs a run with granularity=early_text_only")
     kept = kept_samples(dataset)
-    options = kept["option"].values.astype(str)
     logits = kept["option_logit_patched"].transpose("sample", "layer", "option")
-    right = options[logits.values.argmax(axis=-1)] == kept["label"].values.astype(str)[:, None]
+    best = np.where(np.isnan(logits.values), -np.inf, logits.values).argmax(axis=-1)
+    right = np.take_along_axis(right_options(kept).transpose("sample", "option").values, best, axis=1)
     values = xr.DataArray(right.astype(np.float64), dims=("sample", "layer"), coords={"layer": kept["layer"]})
     found = mean_over_samples(values, group_names(kept), confidence, about(dataset).seed)
     positions = kept["positions"].astype(np.float64)

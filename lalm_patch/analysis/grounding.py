@@ -18,6 +18,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from lalm_patch.analysis.ledger import is_readable, is_right
+from lalm_patch.analysis.options import option_texts
 from lalm_patch.analysis.recovery import group_names
 from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, draws
 from lalm_patch.analysis.run_info import about
@@ -101,6 +102,8 @@ def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float =
 def _among_options(clips: xr.Dataset) -> FloatArray:
     """Probabilities among the options alone, clean run: [sample, option]."""
     logits = clips["option_logit_clean"].transpose("sample", "option").values.astype(float)
+    there = option_texts(clips).values != ""
+    logits = np.where(there, logits, -np.inf)  # past a clip's last option
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from lalm_patch.analysis.options import chance, classes, has_own_options
 from lalm_patch.analysis.run_info import about, run_settings
 from lalm_patch.tracing.metrics import Exclusion
 
@@ -22,7 +23,7 @@ class Accuracy:
     Attributes:
         clean: of the clean run; NaN without a readable clip.
         corrupted: of the corrupted run; NaN without a readable clip.
-        chance: of guessing, one over the number of options.
+        chance: of guessing, one over the number of options, in the mean.
         n: readable clips.
     """
 
@@ -36,13 +37,14 @@ def exclusion_table(dataset: xr.Dataset) -> xr.DataArray:
     """How many samples of each class count, and how many do not, by reason.
 
     Returns:
-        Counts (label, reason); labels in the options' order, reason `kept` first. Each sample is counted once.
+        Counts (label, reason); labels in the options' order, reason `kept` first. Each sample is counted once. Where
+        every clip has options of its own, a label is a task instead, see `analysis.options.classes`.
     """
-    labels = [str(option) for option in dataset["option"].values]
+    labels, own = classes(dataset)
     found = [str(reason) or KEPT for reason in dataset["exclusion"].values]
     reasons = [KEPT, *sorted(set(found) - {KEPT})]
     counts = np.zeros((len(labels), len(reasons)), dtype=np.int64)
-    for label, reason in zip(dataset["label"].values, found, strict=True):
+    for label, reason in zip(own, found, strict=True):
         counts[labels.index(str(label)), reasons.index(reason)] += 1
     coords = {"label": np.array(labels, object), "reason": np.array(reasons, object)}
     return xr.DataArray(counts, coords, ("label", "reason"), name="samples")
@@ -58,7 +60,7 @@ def accuracy(dataset: xr.Dataset) -> Accuracy:
     clean, corrupted = (
         float(is_right(dataset, run)[readable].mean()) if n else np.nan for run in ("clean", "corrupted")
     )
-    return Accuracy(clean, corrupted, 1 / max(dataset.sizes["option"], 1), n)
+    return Accuracy(clean, corrupted, chance(dataset), n)
 
 
 def is_readable(dataset: xr.Dataset) -> NDArray[np.bool_]:
@@ -70,15 +72,22 @@ def is_right(dataset: xr.Dataset, run: str) -> NDArray[np.bool_]:
     """Which samples the `clean` or `corrupted` run answers rightly; see `accuracy`."""
     labels = [str(label) for label in dataset["label"].values]
     if run_settings(dataset).get("prompt", {}).get("correct") == "vocabulary":
-        target = json.loads(dataset.attrs["target_token_ids"])
         top = dataset[f"top_token_id_{run}"].values
+        if "answer_token_id" in dataset:
+            return np.asarray(top == dataset["answer_token_id"].values)
+        target = json.loads(dataset.attrs["target_token_ids"])  # of runs made before it was stored
         return np.array([target[label] == int(token) for label, token in zip(labels, top, strict=True)], bool)
     predicted = dataset[f"prediction_{run}"].values
     return np.array([label == str(text) for label, text in zip(labels, predicted, strict=True)], bool)
 
 
 def lost_classes(dataset: xr.Dataset) -> list[str]:
-    """Sentences on classes of which no clip counts: because the corrupted run names them, or no clip could be used."""
+    """Sentences on classes of which no clip counts: because the corrupted run names them, or no clip could be used.
+
+    Where every clip has options of its own there are no classes.
+    """
+    if has_own_options(dataset):
+        return []
     table = exclusion_table(dataset)
     counts = {
         str(label): {str(reason): int(table.sel(label=label, reason=reason)) for reason in table["reason"].values}

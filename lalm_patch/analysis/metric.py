@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 
+from lalm_patch.analysis.options import option_texts, right_options
 from lalm_patch.analysis.run_info import about
 from lalm_patch.errors import DataError
 from lalm_patch.tracing.metrics import share_moved
@@ -24,7 +25,7 @@ Measure = Callable[[xr.Dataset, str], xr.DataArray]
 
 def _logits(dataset: xr.Dataset, run: str) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:
     """Options' logits [..., option], log-sum-exp [...], whether an option is the right one [sample, option]."""
-    right = dataset["option"] == dataset["label"]
+    right = right_options(dataset)
     return dataset[f"option_logit_{run}"].astype(float), dataset[f"logsumexp_{run}"].astype(float), right
 
 
@@ -57,7 +58,8 @@ def option_probability(dataset: xr.Dataset, run: str) -> xr.DataArray:
     """Probability of the answer among the options alone."""
     logits, _, right = _logits(dataset, run)
     shifted = _exp(logits - logits.max("option"))
-    return _right(shifted, right) / shifted.sum("option", skipna=False)
+    there = option_texts(dataset) != ""  # past a sample's last option there is nothing to add
+    return _right(shifted, right) / shifted.where(there, 0.0).sum("option", skipna=False)
 
 
 def rank(dataset: xr.Dataset, run: str) -> xr.DataArray:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions.grids import GRANULARITIES
 from lalm_patch.interventions.segments import KNOCKOUTS, check_edges
 from lalm_patch.interventions.spans import Spans, check_spans
 from lalm_patch.models.names import family_names
-from lalm_patch.settings import APPROXIMATE, ON_EMBEDDINGS, WHOLE_VOCABULARY, RunSettings
+from lalm_patch.settings import APPROXIMATE, ON_EMBEDDINGS, OWN_QUESTIONS, WHOLE_VOCABULARY, RunSettings
+from lalm_patch.settings.ranges import shown
 from lalm_patch.stimuli.prompt import Attribute
 from lalm_patch.storage.shards import Shard
 
@@ -20,6 +19,7 @@ def check_combinations(settings: RunSettings) -> None:
     site, direction = settings.site, settings.direction.name
     _check_names(settings)
     _check_attribute(settings)
+    _check_answers(settings)
     if settings.shard is not None:
         Shard.parse(settings.shard)
     _check_knockout(settings)
@@ -34,6 +34,8 @@ def check_combinations(settings: RunSettings) -> None:
             f"metric={settings.metric.name} needs the whole vocabulary's logits, which a server does not send back: "
             "use another metric, or backend=local"
         )
+    if settings.backend.name == "ndif" and settings.trace_excluded:
+        raise ConfigError("trace_excluded=true: a server computes clips that count only; use backend=local")
     _check_audio(settings)
     _check_approximation(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
@@ -61,11 +63,62 @@ def _check_names(settings: RunSettings) -> None:
 
 
 def _check_attribute(settings: RunSettings) -> None:
-    """What can make no prompt: options that are one and the same, for example."""
+    """What can make no prompt: options that are one and the same, for example; or a question for what has its own."""
+    data, attr = settings.data.name, settings.attr
+    if data == "clip":
+        if settings.data.audio is None:
+            raise ConfigError("data=clip: expected a recording, got none; give it, as in data.audio=door.wav")
+        if attr.answer not in attr.options:
+            raise ConfigError(
+                f"attr.answer={attr.answer}: expected one of attr.options ({', '.join(attr.options)}): the answer that "
+                "is right"
+            )
+        return
+    if settings.data.audio is not None:
+        raise ConfigError(f"data.audio={settings.data.audio}: goes with data=clip, not with data={data}")
+    if attr.answer is not None:
+        raise ConfigError(f"attr.answer={attr.answer}: goes with data=clip, not with data={data}")
+    if settings.data.path is not None and data not in ("table", "mmau", "mmar"):
+        raise ConfigError(f"data.path={settings.data.path}: goes with data=table, mmau or mmar, not with data={data}")
+    if data == "table" and settings.data.path is None:
+        raise ConfigError("data=table: expected a file, got none; give it, as in data.path=questions.jsonl")
+    if data in ("sakura_multi", "mmau", "mmar") and settings.data.root is None:
+        raise ConfigError(f"data={data}: expected a copy on disk, got none; give its folder, as in data.root=FOLDER")
+    if data in ("table", "mmau", "mmar") and attr.question:
+        raise ConfigError(
+            f"attr={attr.name} with data={data}: each clip has a question of its own; leave attr and attr.question out"
+        )
+    if data in OWN_QUESTIONS:
+        return
+    if not attr.question and not attr.options:
+        raise ConfigError(f"attr={attr.name} has no question: it goes with data=table, mmau or mmar, not data={data}")
+    if len(attr.options) < 2:
+        has = f"it has {len(attr.options)}" if attr.options else "it is empty"
+        raise ConfigError(f"attr.options={shown(attr.options)}: expected a list of texts, at least 2; {has}")
     try:
-        Attribute(**asdict(settings.attr))
+        Attribute(attr.name, attr.question or "", tuple(attr.options), attr.response, attr.folder)
     except ConfigError as error:
         raise ConfigError(f"attr.options: {error}") from None
+
+
+def _check_answers(settings: RunSettings) -> None:
+    """Answers of several tokens: what is about the next token alone does not go with them."""
+    prompt = settings.prompt
+    if prompt.answer != "whole":
+        return
+    asked = {
+        "prompt.correct=vocabulary": prompt.correct == "vocabulary",
+        f"granularity={settings.granularity.name}": settings.granularity.name in KNOCKOUTS,
+        f"observe={settings.observe.name}": settings.observe.lens,
+        f"engine={settings.engine.name}": settings.engine.name in APPROXIMATE,
+        "backend=ndif": settings.backend.name == "ndif",
+        f"metric={settings.metric.name}": settings.metric.name in WHOLE_VOCABULARY,
+    }
+    if refused := [setting for setting, is_asked in asked.items() if is_asked]:
+        raise ConfigError(
+            f"prompt.answer=whole reads all tokens of an answer, and {', '.join(refused)} is about the next token "
+            "alone: use prompt.answer=first_token for that"
+        )
 
 
 def _check_approximation(settings: RunSettings) -> None:

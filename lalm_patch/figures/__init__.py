@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lalm_patch.figures.clip import plot_clip
+from lalm_patch.figures.clip import plot_clip, was_patched
 from lalm_patch.figures.observed import plot_grounding, plot_lens
 from lalm_patch.figures.run import draw_run, plot_run
 from lalm_patch.figures.style import printable, rendered, styled
@@ -20,4 +20,5 @@ __all__ = [
     "printable",
     "rendered",
     "styled",
+    "was_patched",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import seaborn
@@ -12,9 +13,13 @@ from matplotlib.figure import Figure
 from scipy.signal import ShortTimeFFT
 
 from lalm_patch.analysis import about, licence, run_settings
+from lalm_patch.analysis.options import option_texts
 from lalm_patch.errors import DataError
 from lalm_patch.figures.run import axis_name, brackets
 from lalm_patch.figures.style import as_csv, canvas, label, save, styled, words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 QUIETEST = -70.0
 """Lower end of the spectrogram's scale, in dB below its loudest point."""
@@ -23,7 +28,13 @@ STRONGEST = 2.0
 
 
 def plot_clip(
-    dataset: xr.Dataset, sample: str, waveform: np.ndarray, folder: Path, name: str = "clip", rate: int = 16_000
+    dataset: xr.Dataset,
+    sample: str,
+    waveform: np.ndarray,
+    folder: Path,
+    name: str = "clip",
+    rate: int = 16_000,
+    answers: bool = False,
 ) -> list[Path]:
     """Draw one clip of a run.
 
@@ -34,9 +45,11 @@ def plot_clip(
         folder: where the picture (PNG, PDF) and the recovery rates drawn (CSV) go.
         name: of the files.
         rate: of the waveform, in Hz.
+        answers: whether to draw the options' probabilities in the clean, the corrupted and the best patched run, too.
 
     Raises:
-        DataError: no such clip, one that does not count and so was not patched, or approximate cells without a licence.
+        DataError: no such clip, one that was not patched because it does not count, or approximate cells without a
+            licence.
         StoreError: a file cannot be written.
     """
     if sample not in dataset["sample"].values:
@@ -45,8 +58,11 @@ def plot_clip(
         )
     licence(dataset)
     clip = dataset.sel(sample=sample)
-    if not bool(clip["kept"]):
-        raise DataError(f"clip {sample!r} was not patched: {clip['exclusion'].item()}")
+    if not was_patched(dataset.sel(sample=[sample]))[0]:
+        raise DataError(
+            f"clip {sample!r} was not patched: {clip['exclusion'].item()}; to look at it all the same, repeat the run "
+            "with trace_excluded=true"
+        )
     rates = clip["recovery_rate"].transpose("layer", ...)
     rows: list[dict[str, object]] = []
     columns = [str(dim) for dim in rates.dims if dim not in ("layer", "token")]
@@ -63,10 +79,58 @@ def plot_clip(
         else:
             rows.append({"layer": int(layer), "recovery_rate": float(rates[index])})
     with styled():
-        return save(_draw(clip, sample, waveform, rate, about(dataset).title), folder, name, as_csv(rows))
+        return save(_draw(clip, sample, waveform, rate, about(dataset).title, answers), folder, name, as_csv(rows))
 
 
-def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title: str) -> Figure:
+def was_patched(dataset: xr.Dataset) -> np.ndarray:
+    """Which samples have cells: those that count, and with `trace_excluded` others; bool [samples]."""
+    rates = dataset["p_patched"].transpose("sample", ...).values
+    return np.asarray(~np.isnan(rates.reshape(len(rates), -1)).all(axis=1))
+
+
+def draw_answers(axes: Axes, clip: xr.Dataset, options: list[str]) -> None:
+    """Bars: probability of each option in the clean, the corrupted, and the patched run that is nearest the clean one.
+
+    Args:
+        axes: where.
+        clip: one sample of a run.
+        options: its options.
+    """
+    rates = clip["recovery_rate"].values
+    best = np.unravel_index(np.nanargmax(rates), rates.shape)
+    place = ", ".join(
+        f"{dim} {str(clip['token_text'].values[index])!r}" if dim == "token" else f"{dim} {clip[dim].values[index]}"
+        for dim, index in zip(clip["recovery_rate"].dims, best, strict=True)
+    )
+    patched = clip["option_logit_patched"].transpose(*clip["recovery_rate"].dims, "option").values[best]
+    runs = {
+        f"clean: says {_said(clip, 'clean')}": clip["option_logit_clean"].values - float(clip["logsumexp_clean"]),
+        f"corrupted: says {_said(clip, 'corrupted')}": clip["option_logit_corrupted"].values
+        - float(clip["logsumexp_corrupted"]),
+        f"patched, best cell: {place}": patched - clip["logsumexp_patched"].values[best],
+    }
+    colours = seaborn.color_palette("colorblind")
+    for index, (name, logs) in enumerate(runs.items()):
+        values = np.exp(logs[: len(options)])
+        offset = (1 - index) * 0.26
+        axes.barh(np.arange(len(options)) - offset, values, 0.24, color=colours[index], label=words(name))
+    right = str(clip["label"].item())
+    marked = [label(option) + ("  (right)" if option == right else "") for option in options]
+    axes.set_yticks(range(len(options)), marked, fontsize=8)
+    axes.set(xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.set_xlabel("probability of the answer", fontsize=8, labelpad=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _said(clip: xr.Dataset, run: str) -> str:
+    """The most probable token of a run; of older runs, the option that is most probable."""
+    name = f"top_token_{run}" if f"top_token_{run}" in clip else f"prediction_{run}"
+    return repr(str(clip[name].item()).strip())
+
+
+def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title: str, answers: bool) -> Figure:
     rates = clip["recovery_rate"].transpose("layer", ...)
     token_wise, columns = "token" in rates.dims, rates.ndim > 1
     seconds = len(waveform) / rate
@@ -127,7 +191,17 @@ def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title:
     wave.spines[["top", "right", "left", "bottom"]].set_visible(False)
     clean, corrupted = float(clip["p_clean"]), float(clip["p_corrupted"])
     heading = f"{title}: {sample} ({clip['label'].item()}), p {corrupted:.2f} corrupted, {clean:.2f} on the clip"
-    wave.set_title(words(heading), fontsize=9)
+    marked = ""
+    if not bool(clip["kept"]):
+        marked = f"DOES NOT COUNT: {clip['exclusion'].item()}"
+    highest = wave
+    if answers:
+        options = option_texts(clip.expand_dims("sample")).isel(sample=0).values
+        options = options[options != ""]
+        tall = 0.35 + 0.28 * len(options)
+        highest = figure.add_axes((0.0, bottom + (1.0 + 0.95) / height, 1.0, tall / height))
+        draw_answers(highest, clip, list(options))
+    highest.set_title("\n".join(words(line) for line in (heading, marked) if line), fontsize=9)
     return figure
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lalm_patch.errors import ConfigError, ModelError
+from lalm_patch.models.answers import answer_ids
 from lalm_patch.models.cache_keyword import cache_keyword
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
@@ -224,44 +225,21 @@ class LALM:
             self.decoder.inputs = args, kwargs | {"inputs_embeds": embeds}
 
     def target_ids(self, prompt: Prompt, layout: str, target: str = "leading_space") -> tuple[int, ...]:
-        """First token of each option where it follows the response phrase, in the prompt's order of options.
+        """First token of each answer where it follows the response phrase, in the prompt's order of options.
 
         Raises:
             ModelError: a control token in the prompt, an option that merges with the phrase before it, or two options
                 that begin with the same token.
         """
-        self.family.refuse_control_tokens(prompt)
-        ids = self._first_ids(prompt, layout, target)
-        if None not in ids and len(set(ids)) == len(ids):
-            return tuple(id for id in ids if id is not None)
-        merged = [option for option, id in zip(prompt.options, ids, strict=True) if id is None]
-        clashing = [option for option, id in zip(prompt.options, ids, strict=True) if ids.count(id) > 1]
-        if merged:
-            problem = (
-                f"{', '.join(merged)} merge with the response phrase {prompt.response!r} when tokenised and have no "
-                "first token of their own"
-            )
-        else:
-            problem = f"{', '.join(clashing)} begin with the same token, so the next token cannot tell them apart"
-        other = "bare" if target == "leading_space" else "leading_space"
-        others = self._first_ids(prompt, layout, other)
-        if None not in others and len(set(others)) == len(others):
-            advice = f"set prompt.target={other}, with which they have different ones"
-        else:
-            advice = f"prompt.target={other} does not help either, so use other words for them"
-        raise ModelError(f"attr.options: with prompt.target={target}, {problem}; {advice}")
+        return tuple(ids[0] for ids in self.answer_ids(prompt, layout, target, whole=False))
 
-    def _first_ids(self, prompt: Prompt, layout: str, target: str) -> list[int | None]:
-        """First token of each option after the response phrase; None for one that merges with it."""
-        before = self.family.text_ids(prompt, layout)
-        blank = " " if target == "leading_space" else ""
-        ids: list[int | None] = []
-        for option in prompt.options:
-            after = self.family.text_ids(prompt, layout, continuation=blank + option)
-            separate = after[: len(before)] == before and len(after) > len(before)
-            ids.append(after[len(before)] if separate else None)
-        self._check_range([id for id in ids if id is not None], self._head.weight.shape[0], "output")
-        return ids
+    def answer_ids(self, prompt: Prompt, layout: str, target: str, *, whole: bool) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each answer where it follows the response phrase, see `models.answers.answer_ids`."""
+        return answer_ids(self.family, self.check_output_ids, prompt, layout, target, whole=whole)
+
+    def check_output_ids(self, ids: list[int]) -> None:
+        """Raises ModelError for a token that the model has no output embedding for."""
+        self._check_range(ids, self._head.weight.shape[0], "output")
 
     def logits(self, states: Tensor, gradient: bool = False) -> Tensor:
         """Logits [rows, vocabulary] in float32 of normed states [rows, hidden]; differentiable if asked to."""
@@ -300,7 +278,7 @@ class LALM:
         return TokenTable(tuple(numbers), texts, ("pre",) * first + tuple(between) + tuple(after))
 
     def _check_range(self, ids: list[int], rows: int, which: str) -> None:
-        if max(ids) >= rows:
+        if max(ids, default=0) >= rows:
             raise ModelError(
                 f"{self.id or type(self.module).__name__}: its tokenizer gives token {max(ids)}, but its {which} "
                 f"embeddings have {rows} rows; tokenizer and weights are of different checkpoints, download both again"

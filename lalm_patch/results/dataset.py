@@ -14,6 +14,7 @@ from lalm_patch.interventions.segments import has_edge
 from lalm_patch.interventions.spans import PADDING, start_of
 from lalm_patch.models.roles import segments_of
 from lalm_patch.results.observations import observed
+from lalm_patch.results.questions import numbers, own_questions, tags
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.storage.netcdf import clean_text
 from lalm_patch.storage.run_store import SampleRecord
@@ -48,7 +49,8 @@ def build_dataset(
 
     Args:
         samples: one record per sample, as `Tracer.trace` made them, in the order of the data set.
-        options: the attribute's options.
+        options: the attribute's options; none where each sample has a question of its own: then option k is another
+            one in every sample, unless all have the same, and `option_text` says which.
         dims: dimensions of the run's grid, `layer` first.
         coords: labels along the dimensions; along `token` none are needed, samples have their own tokens.
         attributes: provenance, stored as the dataset's attributes. With `direction` noising, the recovery rate is the
@@ -60,6 +62,9 @@ def build_dataset(
     """
     if "window" in dims:  # clips have as many windows as they are long
         coords = {**coords, "window": _windows(samples)}
+    own = [list(sample.meta.get("options", options)) for sample in samples]
+    if own and not options:
+        options = own[0] if all(each == own[0] for each in own) else numbers(max(map(len, own)))
     text_length = max((len(sample.meta["token_ids"]) for sample in samples), default=0)
     sizes = {name: len(labels) for name, labels in coords.items()} | {"token": text_length}
     shape = tuple(sizes[dim] for dim in dims)
@@ -71,15 +76,15 @@ def build_dataset(
     sums = np.full((n_samples, *shape), np.nan, np.float32)
     for row, sample in enumerate(samples):
         if "base_logsumexp" in sample.arrays:
-            base_logits[row] = sample.arrays["base_option_logits"]
+            base_logits[row, :, : len(own[row])] = sample.arrays["base_option_logits"]
             base_sums[row] = sample.arrays["base_logsumexp"]
             base_top[row] = sample.arrays["base_top_id"]
         if "patched_logsumexp" in sample.arrays:
             cells = sample.arrays["patched_logsumexp"]
             where = np.ix_(*_places(sample, dims, coords, cells.shape))
             sums[row][where] = cells
-            logits[row][where] = sample.arrays["patched_option_logits"]
-    answers = np.array([list(options).index(sample.meta["label"]) for sample in samples], dtype=int)
+            logits[row][where] = _widened(sample.arrays["patched_option_logits"], n_options)
+    answers = np.array([its.index(sample.meta["label"]) for its, sample in zip(own, samples, strict=True)], dtype=int)
     rows = np.arange(n_samples)
     p_base = np.exp(base_logits[rows, :, answers] - base_sums)
     p_patched = _of_answers(logits, sums, answers)
@@ -113,7 +118,7 @@ def build_dataset(
             "sample", base_sums[:, column], f"logsumexp of the logits over the vocabulary, {name}", "nat"
         )
         variables[f"prediction_{run}"] = _variable(
-            "sample", _predictions(logit, options), f"option with the largest logit, {name}"
+            "sample", _predictions(logit, own), f"option with the largest logit, {name}"
         )
         variables[f"top_token_id_{run}"] = _variable("sample", top, f"most probable token id, {name}; -1 if not run")
         if any(sample.meta.get(f"transcript_{run}") is not None for sample in samples):
@@ -136,12 +141,13 @@ def build_dataset(
         partners = np.array([clean_text(sample.meta.get("partner") or "") for sample in samples], object)
         variables["partner"] = _variable("sample", partners, "clip that the corrupted run hears; empty if not run")
     variables |= _whole_vocabulary(samples, answers, dims, coords, shape, direction, missing)
+    variables |= own_questions(samples, options)
     variables |= _token_variables(samples, text_length)
     seen = observed(samples, text_length)
     dataset = xr.Dataset(
         variables, coords=_coordinates(samples, options, coords, text_length, str(attributes.get("site")))
     )
-    dataset = dataset.assign(seen.data_vars).assign_coords(seen.coords)
+    dataset = dataset.assign(seen.data_vars).assign_coords(seen.coords).assign_coords(tags(samples))
     reasons = Counter(sample.meta["exclusion"] for sample in samples)
     dataset.attrs = {
         **attributes,
@@ -150,6 +156,12 @@ def build_dataset(
         "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
     }
     return dataset
+
+
+def _widened(values: np.ndarray, options: int) -> np.ndarray:
+    """Values [..., option] with NaN up to a number of options."""
+    missing = options - values.shape[-1]
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)], constant_values=np.nan) if missing else values
 
 
 def _of_answers(logits: np.ndarray, sums: np.ndarray, answers: np.ndarray) -> np.ndarray:
@@ -173,7 +185,7 @@ def _exact(
         own = sample.arrays["patched_logsumexp"].shape
         cells = np.unravel_index(sample.meta["licence_cells"], own)
         places = [where[index] for where, index in zip(_places(sample, dims, coords, own), cells, strict=True)]
-        logits[(row, *places)] = sample.arrays["exact_option_logits"]
+        logits[(row, *places)] = _widened(sample.arrays["exact_option_logits"], shape[-1])
         sums[(row, *places)] = sample.arrays["exact_logsumexp"]
     return logits, sums
 
@@ -305,7 +317,9 @@ def _texts(samples: Sequence[SampleRecord], key: str) -> np.ndarray:
     return np.array([str(sample.meta[key]) for sample in samples], object)
 
 
-def _predictions(logits: np.ndarray, options: Sequence[str]) -> np.ndarray:
-    known = ~np.isnan(logits).any(axis=1)
-    chosen = np.where(known[:, None], logits, 0).argmax(axis=1)
-    return np.array([options[i] if ok else "" for i, ok in zip(chosen, known, strict=True)], object)
+def _predictions(logits: np.ndarray, options: Sequence[Sequence[str]]) -> np.ndarray:
+    """Each sample's best option, from logits [sample, option] with NaN past its last one; empty if it was not run."""
+    known = ~np.isnan(logits).all(axis=1)
+    chosen = np.where(np.isnan(logits), -np.inf, logits).argmax(axis=1)
+    found = zip(options, chosen, known, strict=True)
+    return np.array([clean_text(its[i]) if ok else "" for its, i, ok in found], object)

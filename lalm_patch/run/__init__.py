@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
 from lalm_patch.config import compose
-from lalm_patch.errors import DataError
+from lalm_patch.config.words import override
+from lalm_patch.errors import ConfigError, DataError
 from lalm_patch.run.plan import RunPlan, attribute_of, check_backend, left_out, load_records, plan_run, recognised
 from lalm_patch.run.show import RunOutcome, show
 from lalm_patch.run.work import complete, complete_shard
 from lalm_patch.settings import RunSettings
+from lalm_patch.storage.journal import replace_file, storage_error
 from lalm_patch.storage.shards import Shard
 from lalm_patch.terminal import command_line
 
-__all__ = ["RunOutcome", "dry_run", "load_records", "run", "run_identity", "trace"]
+__all__ = ["RunOutcome", "dry_run", "load_records", "run", "run_identity", "trace", "trace_clip"]
 
 
 def trace(*overrides: str) -> RunOutcome:
@@ -25,6 +33,77 @@ def trace(*overrides: str) -> RunOutcome:
     """
     settings = compose(*overrides)
     return run(settings, Path(settings.outputs) / settings.run_name, command_line(overrides))
+
+
+def trace_clip(
+    audio: str | Path | np.ndarray,
+    *,
+    question: str,
+    options: Sequence[str],
+    answer: str,
+    rate: int | None = None,
+    response: str = "The answer is",
+    model: str = "demo",
+    granularity: str = "token",
+    overrides: Sequence[str] = (),
+) -> RunOutcome:
+    """Trace one recording: which layer and token carries the answer to a question about it.
+
+    Args:
+        audio: an audio file; or samples [samples] or [samples, channels], between -1 and 1.
+        question: what is asked.
+        options: the answers to choose from, two at least.
+        answer: the right one of them.
+        rate: sampling rate of samples, in Hz.
+        response: how the answer begins.
+        model: one of conf/model.
+        granularity: one of conf/granularity.
+        overrides: any other settings, as on the command line.
+
+    Returns:
+        The dataset with one sample, the files (`clip.png` is the picture) and the summary.
+
+    Raises:
+        LalmPatchError: anything a user can put right: an unreadable file, samples without a rate, ...
+    """
+    if isinstance(audio, np.ndarray) != (rate is not None):
+        raise ConfigError("trace_clip: expected a file, or samples with their rate=..., got one without the other")
+    asked = [
+        f"model={model}",
+        "data=clip",
+        override("attr.question", question),
+        override("attr.options", list(options)),
+        override("attr.answer", answer),
+        override("attr.response", response),
+        f"granularity={granularity}",
+        *overrides,
+    ]
+    if isinstance(audio, np.ndarray):
+        assert rate is not None
+        audio = _as_file(audio, rate, Path(compose(*asked, "data.audio=samples.wav").outputs))
+    return trace(*asked, override("data.audio", str(audio)))
+
+
+def _as_file(samples: np.ndarray, rate: int, outputs: Path) -> Path:
+    """The samples as a WAV of floats beside the runs, named by what is in it: asked again, it is the same clip."""
+    values = np.ascontiguousarray(samples, np.float32)
+    digest = hashlib.sha256(f"{rate}\0{values.shape}\0".encode() + values.tobytes()).hexdigest()
+    folder = outputs / "recordings"
+    path = folder / f"{digest[:16]}.wav"
+    buffer = io.BytesIO()
+    try:
+        soundfile.write(buffer, values, rate, format="WAV", subtype="FLOAT")
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"trace_clip: expected samples [samples] or [samples, channels] and a rate in Hz, got shape {values.shape} "
+            f"and rate {rate} ({error})"
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, buffer.getvalue())
+    except OSError as error:
+        raise storage_error(error, path, "keeping the samples") from error
+    return path
 
 
 def run(settings: RunSettings, folder: Path, command: str = "") -> RunOutcome:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lalm_patch.errors import AudioError, ConfigError, DataError
+from lalm_patch.errors import AudioError, ConfigError, DataError, ModelError
 from lalm_patch.models.checkpoint import find_checkpoint
-from lalm_patch.settings import RunSettings
+from lalm_patch.settings import OWN_QUESTIONS, RunSettings
 from lalm_patch.stimuli import (
     Attribute,
     Look,
@@ -20,13 +21,21 @@ from lalm_patch.stimuli import (
     data_fingerprint,
     grouped,
     load_demo,
+    load_listed,
     load_sakura,
+    load_sakura_multi,
+    load_table,
     look_at,
+    one_clip,
+    usable_part,
     within,
 )
 from lalm_patch.storage.provenance import identity
 from lalm_patch.storage.run_store import read_receipt
 from lalm_patch.tracing.metrics import Exclusion
+
+if TYPE_CHECKING:
+    from lalm_patch.models import LALM
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +54,13 @@ class RunPlan:
 
     Attributes:
         settings: what was asked for.
-        attribute: the question.
+        attribute: the question; None where each clip has its own.
         records: all clips of the run, in its order.
         identity: what the run's folder is compared with: settings, clips, weights, versions.
     """
 
     settings: RunSettings
-    attribute: Attribute
+    attribute: Attribute | None
     records: tuple[Record, ...]
     identity: dict[str, str]
 
@@ -96,18 +105,27 @@ def check_backend(settings: RunSettings) -> None:
         refuse_what_cannot_go(settings.model, settings.backend)
 
 
-def attribute_of(settings: RunSettings) -> Attribute:
-    """The question that settings ask."""
-    return Attribute(**asdict(settings.attr))
+def attribute_of(settings: RunSettings) -> Attribute | None:
+    """The question that settings ask; None where each clip has its own."""
+    return None if settings.data.name in OWN_QUESTIONS else _attribute(settings)
 
 
-def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:
+def _attribute(settings: RunSettings) -> Attribute:
+    attr = settings.attr
+    return Attribute(attr.name, attr.question or "", tuple(attr.options), attr.response, attr.folder)
+
+
+def load_records(settings: RunSettings, attribute: Attribute | None) -> list[Record]:
     """The clips of a run.
 
     Raises:
-        DataError, ConfigError: see `load_sakura`.
+        DataError, ConfigError: see `load_sakura`, `load_table`, `load_listed`.
     """
     data = settings.data
+    if attribute is None:
+        records = _with_own_questions(settings)
+        # Their answers are no classes: any of them are as good as others.
+        return records if data.limit is None else usable_part(records, None, data.limit, data.seed)
     name = settings.model.data if data.name == "auto" else data.name
     if data.name == "auto" and data.root is not None:
         name = "sakura"
@@ -116,6 +134,22 @@ def load_records(settings: RunSettings, attribute: Attribute) -> list[Record]:
             raise ConfigError(f"data=demo takes no data.root (got {data.root}); use data=sakura data.root=...")
         return load_demo(attribute, data.limit, data.seed)
     return load_sakura(attribute, data.root, data.limit, data.seed)
+
+
+def _with_own_questions(settings: RunSettings) -> list[Record]:
+    data, attr = settings.data, settings.attr
+    root, path = (None if place is None else Path(place).expanduser() for place in (data.root, data.path))
+    if data.name == "clip":
+        assert data.audio is not None  # composed settings have one
+        place = Path(data.audio).expanduser()
+        return one_clip(place, attr.question or "", attr.options, attr.answer or "", attr.response)
+    if data.name == "table":
+        assert path is not None
+        return load_table(path, attr.response, root)
+    assert root is not None
+    if data.name == "sakura_multi":
+        return load_sakura_multi(_attribute(settings), root)
+    return load_listed(data.name, root, attr.response, path)
 
 
 def left_out(plan: RunPlan, max_seconds: float = math.inf) -> dict[str, LeftOut]:
@@ -144,6 +178,41 @@ def left_out(plan: RunPlan, max_seconds: float = math.inf) -> dict[str, LeftOut]
     if len(found) == len(plan.records):
         reasons = sorted(clip.detail for clip in found.values())
         raise DataError(f"none of the {len(reasons)} clips can be used:\n  " + "\n  ".join(reasons))
+    return found
+
+
+def unaskable(plan: RunPlan, outline: LALM, out: Collection[str]) -> dict[str, LeftOut]:
+    """Clips whose own question the model cannot answer, by id: its options cannot be told apart.
+
+    Args:
+        plan: the run.
+        outline: the model, without weights.
+        out: clips that are left out anyway.
+
+    Raises:
+        DataError: there are some, all of them named, and `data.bad_clips` is `stop`; or no clip is left.
+    """
+    from lalm_patch.tracing.questions import Questions
+
+    questions = Questions(outline, plan.attribute, plan.settings)
+    own = [record for record in plan.records if record.prompt is not None and record.id not in out]
+    found = {}
+    for record in own:
+        try:
+            questions.ask(record)
+        except ModelError as error:
+            found[record.id] = LeftOut(Exclusion.UNASKABLE, f"{record.id}: {error}")
+    if not found:
+        return {}
+    named = "\n  ".join(clip.detail for clip in found.values())
+    if plan.settings.data.bad_clips == "stop":
+        raise DataError(
+            f"{len(found)} of {len(plan.records)} questions cannot be asked this model:\n  {named}\n"
+            "To run without them: data.bad_clips=exclude"
+        )
+    if len(found) == len(own):
+        raise DataError(f"none of the {len(found)} questions can be asked:\n  {named}")
+    log.warning("%d of %d clips are left out: %s", len(found), len(plan.records), Exclusion.UNASKABLE)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import xarray as xr
 
 from lalm_patch.analysis import METRICS, mean_recovery, with_metric
-from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run
+from lalm_patch.figures import plot_clip, plot_grounding, plot_lens, plot_run, was_patched
 from lalm_patch.run.plan import RunPlan
 from lalm_patch.settings import WHOLE_VOCABULARY
 from lalm_patch.storage.netcdf import clean_text
@@ -72,9 +72,12 @@ def _other_metrics(chosen: str, dataset: xr.Dataset) -> list[str]:
 
 
 def _plot_clip(plan: RunPlan, folder: Path, dataset: xr.Dataset) -> list[Path]:
-    """Where windows of the audio are patched: the first clip that counts, under its spectrogram."""
-    counting = dataset["sample"].values[dataset["kept"].values.astype(bool)]
-    if plan.settings.granularity.name != "audio" or not len(counting):
+    """A single recording; or, where windows of the audio are patched, the first clip that counts."""
+    single = plan.settings.data.name == "clip"
+    if plan.settings.granularity.name != "audio" and not single:
         return []
-    record = next(record for record in plan.records if clean_text(record.id) == counting[0])
-    return plot_clip(dataset, str(counting[0]), record.waveform(None), folder)
+    shown = dataset["sample"].values[was_patched(dataset) if single else dataset["kept"].values.astype(bool)]
+    if not len(shown):
+        return []
+    record = next(record for record in plan.records if clean_text(record.id) == shown[0])
+    return plot_clip(dataset, str(shown[0]), record.waveform(None), folder, answers=single)

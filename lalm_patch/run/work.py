@@ -17,12 +17,13 @@ import xarray as xr
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.errors import BusyError, StoreError
 from lalm_patch.results import build_dataset
-from lalm_patch.run.plan import LeftOut, RunPlan, left_out
+from lalm_patch.run.plan import LeftOut, RunPlan, left_out, unaskable
 from lalm_patch.stimuli import Look, Record
 from lalm_patch.storage.provenance import describe
 from lalm_patch.storage.run_store import RunStore, is_finished
 from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.terminal import Progress
+from lalm_patch.tracing.metrics import own_question
 
 if TYPE_CHECKING:
     from lalm_patch.models import LALM
@@ -134,7 +135,8 @@ def _look(plan: RunPlan) -> tuple[LALM, dict[str, LeftOut]]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     outline = LALM.outline(settings.model)  # the window is known without weights, which can take long to load
-    return outline, left_out(plan, outline.family.max_seconds)
+    out = left_out(plan, outline.family.max_seconds)
+    return outline, out | unaskable(plan, outline, out)
 
 
 def _open(plan: RunPlan, outline: LALM, out: dict[str, LeftOut]) -> _Opened:
@@ -216,6 +218,7 @@ def _left_out_meta(record: Record, left_out: LeftOut) -> dict[str, Any]:
         "token_texts": [],
         "token_roles": [],
         "option_order": [],
+        **own_question(record),
     }
 
 
@@ -231,7 +234,8 @@ def _dataset(plan: RunPlan, store: RunStore, tracer: Tracer, command: str) -> xr
     if servers := sorted({json.dumps(sample.meta["server"]) for sample in samples if "server" in sample.meta}):
         attributes["servers"] = f"[{', '.join(servers)}]"
     attributes["data_fingerprint"] = store.identity["clips"]
-    return build_dataset(samples, tracer.attribute.options, tracer.dims, tracer.coords, attributes)
+    options = () if plan.attribute is None else plan.attribute.options
+    return build_dataset(samples, options, tracer.dims, tracer.coords, attributes)
 
 
 def _about_model(tracer: Tracer) -> dict[str, Any]:
@@ -246,8 +250,13 @@ def _about_model(tracer: Tracer) -> dict[str, Any]:
         **tracer.about,
         "prompt_layout": tracer.layout,
         "prompt_as_sent": tracer.example_prompt,
-        "target_token_ids": json.dumps(
-            dict(zip(tracer.attribute.options, tracer.option_ids, strict=True)), ensure_ascii=False
-        ),
+        **({} if tracer.attribute is None else {"target_token_ids": _targets(tracer)}),
         **({} if planted is None else {"planted_attention_layers": json.dumps(list(planted))}),
     }
+
+
+def _targets(tracer: Tracer) -> str:
+    """First token of every option's answer, as JSON."""
+    prompt = tracer.questions.example()
+    ids = dict(zip(prompt.options, (answer[0] for answer in tracer.questions.answers(prompt)), strict=True))
+    return json.dumps(ids, ensure_ascii=False)

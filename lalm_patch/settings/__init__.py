@@ -30,6 +30,9 @@ MISSING = "???"
 APPROXIMATE = ("attribution", "integrated_gradients", "relevance")
 """Engines whose cells are approximate."""
 
+OWN_QUESTIONS = ("clip", "table", "sakura_multi", "mmau", "mmar")
+"""Data in which each clip has a question of its own."""
+
 A_DAY = 86_400.0
 SEED = Whole(0, LARGEST_SEED)
 CHECKPOINT = Place("a hub id like owner/name, or a folder")
@@ -84,13 +87,23 @@ class ModelSettings:
 
 @dataclass
 class AttributeSettings:
-    """One attribute of the sound (`conf/attr/*.yaml`): the question, its options, how the answer begins."""
+    """What is asked (`conf/attr/*.yaml`).
+
+    Attributes:
+        name: short name; part of the run folder's name.
+        question: the question; null where the data has one for each clip.
+        options: the answers to choose from; empty likewise.
+        response: how the answer begins.
+        folder: the attribute's folder in a copy of SAKURA.
+        answer: of data=clip, the right answer, one of the options.
+    """
 
     name: Annotated[str, Name()] = MISSING
-    question: str = MISSING
-    options: Annotated[list[str], Listed(Text(), 2)] = MISSING  # type: ignore[assignment]
+    question: str | None = MISSING
+    options: Annotated[list[str], Listed(Text(), 0)] = MISSING  # type: ignore[assignment]
     response: str = MISSING
     folder: str = MISSING
+    answer: str | None = None
 
 
 @dataclass
@@ -147,15 +160,21 @@ class DataSettings:
     """Which clips (`conf/data/*.yaml`).
 
     Attributes:
-        name: auto (what the model's YAML names), demo, or sakura.
-        root: folder that holds SAKURA's `data/` tree; null fetches it from the hub (extra `hub`).
+        name: auto (what the model's YAML names), demo, sakura, clip (one recording), table (a file with a question for
+            each clip), or a benchmark with a question for each clip: sakura_multi, mmau, mmar.
+        root: folder that holds SAKURA's `data/` tree; null fetches it from the hub (extra `hub`). Of table, the folder
+            that its audio lies in, null for the table's own; of mmau and mmar, the copy's folder.
+        audio: of data=clip, the recording.
+        path: of data=table, the file, .jsonl or .csv; of mmau and mmar, the list, if it is not the copy's only one.
         limit: how many clips, balanced over the classes; null for all.
         seed: which clips, where `limit` leaves a choice.
         bad_clips: stop (name every unusable clip before anything is computed) or exclude (keep the reason instead).
     """
 
-    name: Annotated[str, one_of("auto", "demo", "sakura")] = MISSING
+    name: Annotated[str, one_of("auto", "demo", "sakura", *OWN_QUESTIONS)] = MISSING
     root: Annotated[str | None, Place("a folder")] = None
+    audio: Annotated[str | None, Place("an audio file")] = None
+    path: Annotated[str | None, Place("a file")] = None
     limit: Annotated[int | None, Whole(1)] = None
     seed: Annotated[int, SEED] = 0
     bad_clips: Annotated[str, one_of("stop", "exclude")] = "stop"
@@ -215,6 +234,8 @@ class PromptSettings:
         seed: seed of the shuffled order.
         target: leading_space (" cat") or bare ("cat").
         correct: a prediction is the largest logit among the options, or over the whole vocabulary.
+        options: listed as words (dog, cat), or with letters ((a) dog (b) cat), of which one is the answer.
+        answer: what is scored of an answer: its first token, or the whole of it, token after token.
     """
 
     layout: Annotated[str | None, LAYOUT] = None
@@ -222,6 +243,8 @@ class PromptSettings:
     seed: Annotated[int, SEED] = 0
     target: Annotated[str, one_of("leading_space", "bare")] = "leading_space"
     correct: Annotated[str, one_of("options", "vocabulary")] = "options"
+    options: Annotated[str, one_of("words", "letters")] = "words"
+    answer: Annotated[str, one_of("first_token", "whole")] = "first_token"
 
 
 @dataclass
@@ -291,6 +314,8 @@ class RunSettings:
         run_name: the run folder's name, derived from the settings.
         seed: seed of the spot checks and of the bootstrap.
         on_failed_check: stop, or warn (store the failed check and go on).
+        trace_excluded: also trace clips that the model names wrongly, or rightly without the sound; they still do not
+            count, and no mean has them.
         threads: CPU threads for torch; null leaves torch's choice.
         shard: null for all clips, or `i/n`: this process does part i (from 1) of the clips, dealt to n processes that
             may run at once; the last one to end writes the run's result.
@@ -314,6 +339,7 @@ class RunSettings:
     run_name: Annotated[str, Name(255)] = ""
     seed: Annotated[int, SEED] = 0
     on_failed_check: Annotated[str, one_of("stop", "warn")] = "stop"
+    trace_excluded: bool = False
     threads: Annotated[int | None, Whole(1, 4096)] = None
     shard: Annotated[str | None, SHARD] = None
 
@@ -347,6 +373,16 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "backend.forget_seconds",
     "backend.stale_seconds",
 )
+
+ADDED_LATER = {
+    "attr.answer": None,
+    "data.audio": None,
+    "data.path": None,
+    "prompt.options": "words",
+    "prompt.answer": "first_token",
+    "trace_excluded": False,
+}
+"""Settings that older runs do not know, and the value that does what those runs did: it tells no runs apart."""
 
 ALLOWED: dict[str, Allowed] = allowed(RunSettings)
 """What every setting takes, by its path."""

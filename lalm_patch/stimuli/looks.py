@@ -59,10 +59,11 @@ def check_records(
     return [(record, error) for record, error in looks if error is not None]
 
 
-def usable_part(records: Sequence[Record], options: Sequence[str], limit: int, seed: int) -> list[Record]:
+def usable_part(records: Sequence[Record], options: Sequence[str] | None, limit: int, seed: int) -> list[Record]:
     """A class-balanced part of some records that has `limit` usable clips, if there are so many; in their order.
 
-    A clip that cannot be used, or in which nothing sounds, is in the part with the clip that takes its place.
+    Without options there are no classes to balance. A clip that cannot be used, or in which nothing sounds, is in the
+    part with the clip that takes its place.
     """
     known = {record.id: record for record in records}
 
@@ -70,7 +71,8 @@ def usable_part(records: Sequence[Record], options: Sequence[str], limit: int, s
         look = look_at(known[sample])
         return look.error is None and look.sounds
 
-    part = balanced_part({record.id: record.label for record in records}, options, limit, seed, usable)
+    labels = {record.id: "" if options is None else record.label for record in records}
+    part = balanced_part(labels, ("",) if options is None else options, limit, seed, usable)
     return [record for record in records if record.id in part]
 
 

@@ -9,7 +9,8 @@ Format of AudioLens (arXiv 2506.05140) with the response phrases of arXiv 2603.1
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import string
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from lalm_patch.errors import ConfigError
@@ -29,7 +30,9 @@ class PromptPart(NamedTuple):
 class Attribute:
     """What is asked about a clip: one file of conf/attr. Raises ConfigError for a text that cannot make a prompt.
 
-    `folder` is the attribute's folder in a SAKURA copy; the set on the hub is `SLLM-multi-hop/{folder}QA`.
+    `folder` is the attribute's folder in a SAKURA copy; the set on the hub is `SLLM-multi-hop/{folder}QA`. `answer` is
+    the right one of a single recording's options, which the prompt does not tell.
+    Options are listed with commas between them, so none may hold one: a model could not tell where it ends.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Attribute:
     options: tuple[str, ...]
     response: str
     folder: str
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         where = f"attribute {self.name!r}"
@@ -45,22 +49,38 @@ class Attribute:
         object.__setattr__(self, "options", _checked_options(self.options, where))
         _check_text(self.question, "question", where)
         _check_text(self.response, "response", where)
+        if with_comma := [option for option in self.options if "," in option]:
+            raise ConfigError(
+                f"{where}: expected options without commas (commas separate them), got {with_comma[0]!r}; use other "
+                "words, or ask each clip a question of its own (data=table) with prompt.options=letters"
+            )
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One clip's prompt, options in the order they are listed. Raises ConfigError as `Attribute` does.
 
-    `transcript` is what a model that reads a transcript beside the audio is given; None for nothing.
+    Attributes:
+        question: what is asked.
+        options: the answers to choose from; sentences, with commas or quotes in them, if need be.
+        response: how the answer begins.
+        transcript: what a model that reads a transcript beside the audio is given; None for nothing.
+        letters: whether options are listed as `(a) dog (b) cat` and answered with their letter.
     """
 
     question: str
     options: tuple[str, ...]
     response: str
     transcript: str | None = None
+    letters: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", _checked_options(self.options, "prompt"))
+        if self.letters and len(self.options) > len(string.ascii_lowercase):
+            raise ConfigError(
+                f"prompt.options=letters: expected at most {len(string.ascii_lowercase)} options, one per letter, got "
+                f"{len(self.options)}; use prompt.options=words"
+            )
         _check_text(self.question, "question", "prompt")
         _check_text(self.response, "response", "prompt")
 
@@ -79,19 +99,30 @@ class Prompt:
         """
         if order not in OPTION_ORDERS:
             raise ConfigError(f"option order: expected one of {', '.join(OPTION_ORDERS)}, got {order!r}")
-        options = attribute.options
-        if order == "shuffled":
-            if not sample_id:
-                raise ConfigError("option order 'shuffled': expected the sample's id, got none; pass sample_id")
-            options = tuple(sorted(options, key=lambda option: _digest(seed, sample_id, option)))
-        return cls(attribute.question, options, attribute.response)
+        prompt = cls(attribute.question, attribute.options, attribute.response)
+        return prompt if order == "fixed" else prompt.shuffled(seed, sample_id)
+
+    def shuffled(self, seed: int, sample_id: str) -> Prompt:
+        """The same prompt with its options in one sample's order, see `from_attribute`."""
+        if not sample_id:
+            raise ConfigError("option order 'shuffled': expected the sample's id, got none; pass sample_id")
+        return replace(self, options=tuple(sorted(self.options, key=lambda option: _digest(seed, sample_id, option))))
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What the model says when it chooses an option, in the order of `options`."""
+        return tuple(string.ascii_lowercase[: len(self.options)]) if self.letters else self.options
 
     @property
     def user_parts(self) -> tuple[PromptPart, ...]:
         """The pieces of `text` in order. The commas belong to the object, the full stop to the late prompt."""
+        if self.letters:
+            listed = " ".join(f"({letter}) {option}" for letter, option in zip(self.answers, self.options, strict=True))
+        else:
+            listed = ", ".join(self.options)
         return (
             PromptPart(f"{self.question} Possible options:", "early"),
-            PromptPart(f" {', '.join(self.options)}", "object"),
+            PromptPart(f" {listed}", "object"),
             PromptPart(".", "late"),
         )
 
@@ -130,8 +161,6 @@ def _checked_options(options: object, where: str) -> tuple[str, ...]:
         raise ConfigError(f"{where}: expected at least two options, got {list(checked)}")
     for option in checked:
         _check_text(option, "every option", where)
-        if "," in option:
-            raise ConfigError(f"{where}: expected options without commas (commas separate them), got {option!r}")
     folded = [option.casefold() for option in checked]
     twice = sorted({option for option in checked if folded.count(option.casefold()) > 1})
     if twice:

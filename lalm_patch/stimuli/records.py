@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 from lalm_patch.errors import AudioError
 from lalm_patch.stimuli.audio import MAX_SECONDS, Waveform, read_audio, source_bytes
+from lalm_patch.stimuli.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class Record:
     """One clip, not yet read.
 
-    `id` is unique in its corpus and the same on every machine (`dog4.wav`); `label` is one of the attribute's
-    options; `name` says in messages where the clip comes from; `group` is shared by clips that are not independent
-    (the CREMA-D speaker, the Common Voice recording), for clustered statistics, and else the id; `sentence` is what is
-    said, as CREMA-D's file names tell it, and else empty.
+    Attributes:
+        id: unique in its corpus and the same on every machine (`dog4.wav`).
+        label: the right answer, one of the options.
+        source: the file, or its bytes.
+        name: says in messages where the clip comes from.
+        group: shared by clips that are not independent (the CREMA-D speaker, the Common Voice recording), for
+            clustered statistics, and else the id.
+        sentence: what is said, as CREMA-D's file names tell it, and else empty.
+        prompt: the clip's own question, with a transcript if the data has one; None to ask the run's attribute.
+        tags: what else the data says of the clip (task, difficulty), by column.
     """
 
     id: str
@@ -27,6 +35,8 @@ class Record:
     name: str
     group: str
     sentence: str = ""
+    prompt: Prompt | None = None
+    tags: tuple[tuple[str, str], ...] = ()
 
     def waveform(self, max_seconds: float | None = MAX_SECONDS) -> Waveform:
         """float32 [samples], mono, 16 kHz. Raises AudioError, see `read_audio`."""
@@ -34,14 +44,15 @@ class Record:
 
 
 def data_fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 (hex) over ids, labels and undecoded audio, the same for any order of records and any folder."""
+    """SHA-256 (hex) over ids, labels, own questions and undecoded audio, the same for any order and any folder."""
     digest = hashlib.sha256()
     for record in sorted(records, key=lambda record: record.id):
         try:
             content = source_bytes(record.source, record.name)
         except AudioError as error:
             content = f"\0{error.kind}".encode()  # another data set than with the file
-        for part in (record.id.encode(), record.label.encode(), content):
+        own = [] if record.prompt is None else [json.dumps(astuple(record.prompt)).encode()]
+        for part in (record.id.encode(), record.label.encode(), content, *own):
             # The length first: without it ("ab", "c") and ("a", "bc") would be one data set.
             digest.update(len(part).to_bytes(8, "big"))
             digest.update(part)

@@ -68,7 +68,7 @@ def load_sakura(
 
 
 def _folder_records(attribute: Attribute, root: Path) -> list[Record]:
-    folder = _attribute_folder(root, attribute.folder)
+    folder = attribute_folder(root, attribute.folder)
     table = folder / TABLE
     audio = folder / "audio"
     if not audio.is_dir():
@@ -77,7 +77,8 @@ def _folder_records(attribute: Attribute, root: Path) -> list[Record]:
     return [_record(row, audio / row.id, str(audio / row.id)) for row in rows]
 
 
-def _attribute_folder(root: Path, name: str) -> Path:
+def attribute_folder(root: Path, name: str) -> Path:
+    """The folder of one attribute in a copy. Raises DataError for a copy that has none."""
     if not root.is_dir():
         raise DataError(
             f"data.root: expected a folder holding a copy of SAKURA, {root} is none; "

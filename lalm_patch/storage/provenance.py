@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lalm_patch.settings import NOT_PART_OF_A_RUN, RunSettings
+from lalm_patch.settings import ADDED_LATER, NOT_PART_OF_A_RUN, RunSettings
 
-_PLACES = ("data.root", "model.id", "model.decoder", "model.encoder")
+_PLACES = ("data.root", "data.audio", "data.path", "model.id", "model.decoder", "model.encoder")
 LIBRARIES = ("torch", "transformers", "nnsight", "numpy", "xarray", "soundfile", "soxr")
 
 
@@ -53,10 +53,8 @@ def flat_settings(settings: RunSettings) -> dict[str, str]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif prefix not in NOT_PART_OF_A_RUN:
-            flat[prefix] = json.dumps(
-                _absolute(value) if prefix in ("data.root", "model.id", "model.decoder", "model.encoder") else value
-            )
+        elif prefix not in NOT_PART_OF_A_RUN and (prefix not in ADDED_LATER or value != ADDED_LATER[prefix]):
+            flat[prefix] = json.dumps(_absolute(value) if prefix in _PLACES else value)
 
     walk("", asdict(settings))
     # What becomes of clips that cannot be used is no part of what is computed of the others. The key stays, so that
@@ -79,7 +77,7 @@ def readable(value: str) -> str:
 
 
 def _absolute(value: Any) -> Any:
-    if isinstance(value, str) and Path(value).expanduser().is_dir():
+    if isinstance(value, str) and Path(value).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     return value
 

@@ -31,7 +31,8 @@ from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.lalm import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
 from lalm_patch.settings import APPROXIMATE, RunSettings
-from lalm_patch.stimuli import Attribute, Prompt, Record
+from lalm_patch.stimuli import Attribute, Record
+from lalm_patch.tracing.questions import Questions
 from lalm_patch.tracing.transcripts import Transcripts
 
 _GIGA = 1e9
@@ -59,13 +60,13 @@ class Cost:
 
 
 def describe_run(
-    settings: RunSettings, attribute: Attribute, records: list[Record] | DataError, left_out: str = ""
+    settings: RunSettings, attribute: Attribute | None, records: list[Record] | DataError, left_out: str = ""
 ) -> str:
     """The page that `dry_run=true` prints.
 
     Args:
         settings: the run's settings.
-        attribute: what is asked.
+        attribute: what is asked; None where each clip has its own question.
         records: the clips that are traced, or why they cannot be had here: then the example is noise.
         left_out: how many more there are, and why they are not.
 
@@ -73,9 +74,11 @@ def describe_run(
         LalmPatchError: as the run itself would, where that needs no weights.
     """
     lalm = LALM.outline(settings.model)
-    layout = settings.prompt.layout or settings.model.prompt_layout
-    prompt = replace(Prompt.from_attribute(attribute), transcript=Transcripts(lalm, settings).example)
-    targets = lalm.target_ids(prompt, layout, settings.prompt.target)
+    questions = Questions(lalm, attribute, settings)
+    layout = questions.layout
+    asked = questions.example(tuple(records) if isinstance(records, list) else ())
+    answers = questions.answers(asked)
+    prompt = replace(asked, transcript=Transcripts(lalm, settings).example)
     waveform, example = _example(records)
     tokens, _ = lalm.inputs(waveform, prompt, layout)
     place = place_in(lalm, settings.site, settings.granularity)
@@ -89,7 +92,7 @@ def describe_run(
     there = settings.backend.name == "ndif"
     tower = place.site is Site.TOWER
     replay = settings.engine.name != "direct" and obstacle is None and not there and not tower
-    cost = estimate(lalm, grid, tokens, settings, replay)
+    cost = estimate(lalm, grid, tokens, settings, replay, len(asked.options))
     clips = f"{len(records)} clips" if isinstance(records, list) else f"clips unknown here ({records})"
     approximate = settings.engine.name in APPROXIMATE
     engine = "replay" if replay else "direct" + (f" ({obstacle})" if obstacle else "")
@@ -109,7 +112,8 @@ def describe_run(
         f"example  {example}: {len(tokens)} positions, {len(tokens.audio_positions)} of them audio, "
         f"{len(tokens.text_positions)} after it",
         *_token_lines(tokens),
-        "targets  " + ", ".join(f"{option} {id}" for option, id in zip(attribute.options, targets, strict=True)),
+        "targets  "
+        + ", ".join(f"{text} {' '.join(map(str, ids))}" for text, ids in zip(asked.answers, answers, strict=True)),
         f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip; "
         f"site {settings.site.name}, {settings.direction.name}"
         + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
@@ -125,7 +129,7 @@ def describe_run(
     return "\n".join(["", *lines])
 
 
-def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, replay: bool) -> Cost:
+def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, replay: bool, options: int) -> Cost:
     """Passes, positions, time and memory of one clip.
 
     A position costs two operations per weight of a decoder layer and, for attention, four per key and hidden unit.
@@ -145,7 +149,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     if settings.engine.name in APPROXIMATE:
         cells = cells[:: max(1, len(cells) // settings.engine.licence_cells)][: settings.engine.licence_cells]
         points = settings.engine.steps if settings.engine.name == "integrated_gradients" else 1
-        backward = points * (len(settings.attr.options) + 1)
+        backward = points * (options + 1)
     if replay:
         first = min([first, *(cell.first_position for cell in cells)])
         suffixes = [(cell.entry_layer, length - cell.first_position) for cell in cells]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from lalm_patch.engine import Readout
+    from lalm_patch.stimuli import Record
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -23,6 +24,7 @@ class Exclusion(StrEnum):
     KEPT = ""
     UNREADABLE = "clip unusable"
     SILENT = "nothing sounds in the clip"
+    UNASKABLE = "options cannot be told apart"
     CLEAN_WRONG = "clean prediction wrong"
     CORRUPTED_RIGHT = "corrupted prediction right"
     LAYOUT = "clean and corrupted prompt differ in length"
@@ -55,6 +57,13 @@ def share_moved(
     """
     source, target = (corrupted, clean) if direction == "noising" else (clean, corrupted)
     return recovery_rate(patched, source, target)
+
+
+def own_question(record: Record) -> dict[str, Any]:
+    """What a sample's record says of a question of its own; nothing where it has none."""
+    if record.prompt is None:
+        return {}
+    return {"question": record.prompt.question, "options": list(record.prompt.options), "tags": dict(record.tags)}
 
 
 def predictions(readout: Readout, option_ids: tuple[int, ...], correct: str) -> list[int]:

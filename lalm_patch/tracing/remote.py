@@ -24,6 +24,7 @@ from lalm_patch.storage.jobs import Job, JobBook
 from lalm_patch.terminal import Progress
 from lalm_patch.tracing.corruptions import digest_of
 from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.questions import Asked
 from lalm_patch.tracing.remote_jobs import ClipJobs
 from lalm_patch.tracing.tracer import SampleTrace, Tracer, readout_arrays
 
@@ -33,7 +34,7 @@ class _Clip:
     """A clip on its way: what was asked, and what is needed to read the answer."""
 
     record: Record
-    prompt: Prompt
+    asked: Asked
     tokens: TokenTable
     grid: Grid
     request: ClipRequest
@@ -151,10 +152,10 @@ class RemoteTracer(Tracer):
             book.put(clip.record.id, entry)
 
     def _clip(self, record: Record, waveform: np.ndarray, verify: bool, known: Job | None = None) -> _Clip:
-        prompt = self.prompt(record.id)
+        asked = self.questions.ask(record)
         heard = self.corruption.heard(record, waveform)
-        tokens, clean = self.lalm.inputs(waveform, prompt, self.layout)
-        other, corrupted = self.lalm.inputs(heard, prompt, self.layout)
+        tokens, clean = self.lalm.inputs(waveform, asked.prompt, self.layout)
+        other, corrupted = self.lalm.inputs(heard, asked.prompt, self.layout)
         if not tokens.same_layout(other):
             raise ModelError(
                 f"{record.name}: clip and {self.corruption.name} give {len(tokens)} and {len(other)} "
@@ -167,8 +168,8 @@ class RemoteTracer(Tracer):
             positions=len(tokens),
             cells=(*grid.cells, *(self._proofs(tokens) if verify else ())),
             repeated=tuple(int(index) for index in self._spots(record, grid)) if verify else (),
-            option_ids=self.option_ids,
-            answer=self.attribute.options.index(record.label),
+            option_ids=tuple(ids[0] for ids in asked.answers),
+            answer=asked.right,
             correct=self.settings.prompt.correct,
             pack_tokens=self.settings.engine.pack_tokens,
         )
@@ -176,7 +177,7 @@ class RemoteTracer(Tracer):
         if known and (known.digest, known.host) != (digest, self.server.host):
             known = None  # the answer to another request
         jobs = ClipJobs(self.server, request, record.id, known)
-        return _Clip(record, prompt, tokens, grid, request, digest, len(waveform), verify, jobs)
+        return _Clip(record, asked, tokens, grid, request, digest, len(waveform), verify, jobs)
 
     def _proofs(self, tokens: TokenTable) -> tuple[Intervention, Intervention]:
         """Two rows whose result is known: nothing patched, and everything patched after the middle layer."""
@@ -200,11 +201,12 @@ class RemoteTracer(Tracer):
                 f"{self.server.host} runs {self.settings.model.name} in {answer.dtype}, the settings say {wanted}; "
                 f"set model.dtype={answer.dtype}"
             )
-        reason = exclusion(answer.base, self.option_ids, clip.request.answer, self.settings.prompt.correct)
-        meta = self._meta(clip.record, clip.samples, clip.tokens, clip.prompt, reason)
+        reason = exclusion(answer.base, clip.request.option_ids, clip.request.answer, self.settings.prompt.correct)
+        meta = self._meta(clip.record, clip.samples, clip.tokens, clip.asked, reason)
         meta |= self.corruption.about(clip.record)
         trace = SampleTrace(readout_arrays("base", answer.base, (2,)), meta)
         trace.meta["server"] = answer.versions
+        trace.meta["top_texts"] = self._said(answer.base)
         checks = []
         if clip.request.inputs_differ:
             checks.append(Check.more_than("audio_reaches_model", answer.moved, 1e-6))

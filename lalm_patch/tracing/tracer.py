@@ -14,6 +14,7 @@ from lalm_patch.checks import Check
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
+from lalm_patch.engine.whole_answers import AnswerReader
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.interventions.patches import Site
@@ -24,12 +25,15 @@ from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.terminal import Progress
 from lalm_patch.tracing.corruptions import Corruption
-from lalm_patch.tracing.metrics import Exclusion, exclusion
+from lalm_patch.tracing.metrics import Exclusion, exclusion, own_question
+from lalm_patch.tracing.questions import Asked, Questions
 from lalm_patch.tracing.transcripts import Transcripts
 
 log = logging.getLogger(__name__)
 
 SPOT_CHECKED_PER_SAMPLE = 2
+TRACEABLE = (Exclusion.CLEAN_WRONG, Exclusion.CORRUPTED_RIGHT, Exclusion.NO_EFFECT)
+"""Reasons not to count that leave something to be patched."""
 
 
 @dataclass
@@ -50,12 +54,13 @@ class Tracer:
 
     Args:
         lalm: the model.
-        attribute: what is asked.
+        attribute: what is asked; None where every clip has a question of its own.
         settings: the run's settings.
         records: all clips of the run: corruptions may take another clip, or the mean of all.
 
     Attributes:
-        option_ids: target token of each option, in the attribute's order.
+        questions: what each clip is asked.
+        option_ids: first token of each option's answer in the example prompt.
         checks: what was verified before the first sample.
         engine: the engine that computes the cells.
         place: where in a layer states are exchanged, and in how many layers at once.
@@ -70,13 +75,17 @@ class Tracer:
         ConfigError: a layer or granularity that does not exist.
     """
 
-    def __init__(self, lalm: LALM, attribute: Attribute, settings: RunSettings, records: Sequence[Record] = ()) -> None:
+    def __init__(
+        self, lalm: LALM, attribute: Attribute | None, settings: RunSettings, records: Sequence[Record] = ()
+    ) -> None:
         self.lalm = lalm
         self.attribute = attribute
         self.settings = settings
-        self.layout = settings.prompt.layout or settings.model.prompt_layout
-        fixed = Prompt.from_attribute(attribute)
-        self.option_ids = lalm.target_ids(fixed, self.layout, settings.prompt.target)
+        self.questions = Questions(lalm, attribute, settings)
+        self.layout = self.questions.layout
+        fixed = self.questions.example(tuple(records))
+        # Answers of several tokens may begin alike: once is enough to prove engines with.
+        self.option_ids = tuple(dict.fromkeys(ids[0] for ids in self.questions.answers(fixed)))
         self.place = place_in(lalm, settings.site, settings.granularity)
         self.noising = settings.direction.name == "noising"
         self.layers = chosen_layers(self.place.num_layers, settings.granularity.layers, self.place.layer_kind)
@@ -114,12 +123,13 @@ class Tracer:
         """The run's grid for one sample's tokens."""
         return make_grid(self.settings.granularity.name, tokens, self.layers, self.place)
 
-    def prompt(self, sample_id: str) -> Prompt:
-        """The prompt of one sample."""
-        order = self.settings.prompt.order
-        if order == "fixed":
-            return Prompt.from_attribute(self.attribute)
-        return Prompt.from_attribute(self.attribute, "shuffled", self.settings.prompt.seed, sample_id)
+    def prompt(self, record: Record) -> Prompt:
+        """The prompt of one clip, without a transcript.
+
+        Raises:
+            ModelError: its options cannot be told apart.
+        """
+        return self.questions.ask(record).prompt
 
     def traces(
         self, records: Sequence[Record], spot_checks: int, progress: Progress, folder: Path
@@ -149,9 +159,11 @@ class Tracer:
         Raises:
             ModelError: clean and corrupted input differ in their positions.
         """
+        asked = self.questions.ask(record)
+        read = AnswerReader(asked.answers, self.questions.whole)
         heard = self.corruption.heard(record, waveform)
-        spoken = self.transcripts.pair(waveform, heard)
-        prompt, other_prompt = (replace(self.prompt(record.id), transcript=text) for text in spoken)
+        spoken = self.transcripts.pair(waveform, heard, None if record.prompt is None else record.prompt.transcript)
+        prompt, other_prompt = (replace(asked.prompt, transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
         corrupted = self.corruption.encode(record, heard, other_prompt, clean)
         same = clean.tokens.same_layout(corrupted.tokens)
@@ -160,42 +172,53 @@ class Tracer:
             raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
         grid = self.grid(clean.tokens)
         progress.drop(self.cells_per_sample - len(grid.cells))  # clips differ in their text, or in their windows
-        answer = self.attribute.options.index(record.label)
+        answer = asked.right
         source, target = (corrupted, clean) if self.noising else (clean, corrupted)
-        base = self.engine.base(source, target, self.option_ids)
+        base = read.base(self.engine, source, target)
         if self.noising:
             base = base.rows(slice(None, None, -1))  # the clean run comes first
-        reason = exclusion(base, self.option_ids, answer, self.settings.prompt.correct)
+        reason = exclusion(base, read.first_ids, answer, self.settings.prompt.correct)
         if not same and reason is Exclusion.KEPT:
             reason = Exclusion.LAYOUT
         trace = SampleTrace(
-            readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, prompt, reason)
+            readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, asked, reason)
         )
         trace.meta |= self.corruption.about(record)
+        trace.meta["top_texts"] = self._said(base)
         if self.place.spans is not None:
             trace.meta["windows"] = [str(name) for name in grid.coords["window"]]
         trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
-        seen = self._observe(trace, clean, corrupted, base.probabilities[:, answer], self.option_ids[answer])
+        seen = self._observe(trace, clean, corrupted, base.probabilities[:, answer], read.first_ids[answer])
         trace.meta["checks"] = [vars(check) for check in seen]
-        if reason is not Exclusion.KEPT:
+        looked_at = self.settings.trace_excluded and reason in TRACEABLE
+        if reason is not Exclusion.KEPT and not looked_at:
             progress.drop(len(grid.cells))
             return trace
-        swept = self.engine.sweep(source, target, grid, self.option_ids, progress.advance)
+        swept = read.sweep(self.engine, source, target, grid, progress.advance)
         trace.arrays |= readout_arrays("patched", swept, grid.shape)
         if isinstance(self.engine, ApproximateEngine):  # identities hold for exact cells only
             chosen = self._spots(record, grid, self.settings.engine.licence_cells)
-            cells, exact = exact_cells(self.engine.exact, source, target, grid, chosen, self.option_ids)
+            cells, exact = exact_cells(self.engine.exact, source, target, grid, chosen, read)
             trace.meta["licence_cells"] = cells
             trace.arrays |= readout_arrays("exact", exact, (len(exact),))
             return trace
-        checks = self._identities(grid, base, swept, answer, clean.tokens)
+        # An answer of several tokens is read at several positions: no single one carries everything.
+        several = len(read.answers[answer]) > 1
+        checks = [] if several else self._identities(grid, base, swept, answer, clean.tokens)
         if spot_check and isinstance(self.engine, ReplayEngine):
-            checks.append(self._spot_check(record, source, target, grid, swept))
+            cells, exact = exact_cells(self._oracle, source, target, grid, self._spots(record, grid), read)
+            difference = float(np.abs(exact.probabilities - swept.probabilities[cells]).max())
+            checks.append(Check.at_most("replay_equals_direct", difference, self.tolerance))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] += [vars(check) for check in checks]
         return trace
+
+    def _said(self, base: Readout) -> list[str]:
+        """The most probable token of each base run."""
+        tokenizer = self.lalm.family.tokenizer
+        return [str(tokenizer.decode([int(id)], skip_special_tokens=False)) for id in base.top_id]
 
     def _observe(
         self, trace: SampleTrace, clean: Encoding, corrupted: Encoding, p_base: np.ndarray, token: int
@@ -215,10 +238,10 @@ class Tracer:
         return checks
 
     def _meta(
-        self, record: Record, samples: int, tokens: TokenTable, prompt: Prompt, reason: Exclusion
+        self, record: Record, samples: int, tokens: TokenTable, asked: Asked, reason: Exclusion
     ) -> dict[str, Any]:
         described = sample_meta(record.label, record.group, samples, tokens, reason)
-        return described | {"option_order": list(prompt.options)}
+        return described | asked_meta(record, asked)
 
     def _identities(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> list[Check]:
         """What holds for any weights: the last position of the last layer carries everything, others nothing."""
@@ -243,12 +266,6 @@ class Tracer:
         count = min(count, len(grid.cells))
         return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
 
-    def _spot_check(self, record: Record, source: Encoding, target: Encoding, grid: Grid, swept: Readout) -> Check:
-        chosen = self._spots(record, grid)
-        direct = self._oracle.cells(source, target, [grid.cells[i] for i in chosen], self.option_ids)
-        difference = float(np.abs(direct.probabilities - swept.probabilities[chosen]).max())
-        return Check.at_most("replay_equals_direct", difference, self.tolerance)
-
 
 def exact_cells(
     engine: Engine,
@@ -256,12 +273,12 @@ def exact_cells(
     target: Encoding,
     grid: Grid,
     chosen: np.ndarray,
-    option_ids: Sequence[int],
+    read: AnswerReader,
 ) -> tuple[list[int], Readout]:
-    """Some cells of a grid by an exact engine, for the licence of an approximation: their indices, ascending."""
+    """Some cells of a grid by an exact engine: their indices, ascending, and one row for each."""
     indices: list[int] = np.sort(chosen).tolist()
     some = Grid(("cell",), {"cell": np.array(indices)}, tuple(grid.cells[index] for index in indices))
-    return indices, engine.sweep(source, target, some, option_ids)
+    return indices, read.sweep(engine, source, target, some)
 
 
 def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason: Exclusion) -> dict[str, Any]:
@@ -288,6 +305,12 @@ def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason
         "token_texts": [tokens.texts[i] for i in text],
         "token_roles": [tokens.roles[i] for i in text],
     }
+
+
+def asked_meta(record: Record, asked: Asked) -> dict[str, Any]:
+    """What a sample's record says of its question."""
+    order = {"option_order": list(asked.prompt.options), "answer_id": asked.answers[asked.right][0]}
+    return order | own_question(record)
 
 
 def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

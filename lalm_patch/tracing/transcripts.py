@@ -52,13 +52,16 @@ class Transcripts:
             return None
         return EXAMPLE if self.setting in OWN_WORDS else self.setting
 
-    def pair(self, clean: np.ndarray, corrupted: np.ndarray) -> tuple[str | None, str | None]:
+    def pair(self, clean: np.ndarray, corrupted: np.ndarray, known: str | None = None) -> tuple[str | None, str | None]:
         """Transcripts of the clean and of the corrupted run.
 
         Args:
             clean: the clip, float32 [samples] at 16 kHz.
             corrupted: what the corrupted run hears.
+            known: the clip's transcript, where the data has one: it is not transcribed then.
         """
+        if known is not None and self.setting == "clean":
+            return known, known
         if self.setting is None or self.setting == "none":
             return None, None
         if self.setting == "clean":

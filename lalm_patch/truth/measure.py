@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 
 from lalm_patch.engine import DirectEngine, Progress, Readout, ReplayEngine, ignore_progress
+from lalm_patch.engine.whole_answers import AnswerReader
 from lalm_patch.interventions.grids import Grid
 from lalm_patch.models import Encoding
 from lalm_patch.results.dataset import build_dataset
@@ -100,7 +101,7 @@ def measure(
                 len(grid.cells), min(LICENCE_CELLS, len(grid.cells)), replace=False
             )
             meta["licence_cells"], exact = exact_cells(
-                ReplayEngine(lalm), source, target, grid, chosen, lalm.option_ids
+                ReplayEngine(lalm), source, target, grid, chosen, AnswerReader([(id,) for id in lalm.option_ids], False)
             )
             arrays |= readout_arrays("exact", exact, (len(exact),))
         records.append(SampleRecord(f"clip{index}", arrays, meta))
