@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions.grids import GRANULARITIES
@@ -63,7 +61,7 @@ def _check_names(settings: RunSettings) -> None:
 def _check_attribute(settings: RunSettings) -> None:
     """What can make no prompt: options that are one and the same, for example."""
     try:
-        Attribute(**asdict(settings.attr))
+        Attribute(**vars(settings.attr))
     except ConfigError as error:
         raise ConfigError(f"attr.options: {error}") from None
 

@@ -9,7 +9,6 @@ import seaborn
 import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from scipy.signal import ShortTimeFFT
 
 from lalm_patch.analysis import about, licence, run_settings
 from lalm_patch.errors import DataError
@@ -67,6 +66,8 @@ def plot_clip(
 
 
 def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title: str) -> Figure:
+    from scipy.signal import ShortTimeFFT  # of one kind of figure, and slow to import
+
     rates = clip["recovery_rate"].transpose("layer", ...)
     token_wise, columns = "token" in rates.dims, rates.ndim > 1
     seconds = len(waveform) / rate
