@@ -164,7 +164,7 @@ def test_a_full_disk_still_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_failed_run_does_not_stop_its_siblings(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     arguments = ("-m", *tiny, "data.limit=2", "granularity.layers=[99],[0]")
-    done = run(tmp_path, *arguments, fresh=True)
+    done = run(tmp_path, *arguments)
     assert done.returncode == 1
     assert "sweep    1 of 2 runs finished; 1 failed\n" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
