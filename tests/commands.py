@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -88,6 +89,15 @@ class Forked:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def first_line(self, timeout: float = PATIENCE) -> str:
+        """The first line that the command prints; it goes on running."""
+        until = time.monotonic() + timeout
+        while "\n" not in (said := Path(self._streams[0].name).read_text()):
+            assert self.poll() is None, self.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        return said.partition("\n")[0]
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         with ExitStack() as stack:
