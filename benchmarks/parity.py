@@ -3,7 +3,7 @@
     python benchmarks/parity.py FOLDER
 
 FOLDER holds one folder per model (desta2, desta25, qwen_audio) with `checkpoint_root/` (tiny weights in the published
-layout), `inputs/a.wav`, `meta.json`, and `outputs/<case>.npz` (`inputs_embeds`, `layer_00`..., `final_norm`, `logits`
+layout), `inputs/<audio>.wav`, `meta.json` (one case or several), and `outputs/<case>.npz` (`inputs_embeds`, `layer_00`..., `final_norm`, `logits`
 or `logits_last`, `input_ids`). Prints the largest difference of every tensor; exits with 1 if one exceeds 1e-4.
 """
 
@@ -50,10 +50,24 @@ def inputs(name: str, lalm: LALM, clip: np.ndarray, meta: dict[str, Any]) -> dic
     return {**prompt.tensors(), "input_features": native.whisper_features(extractor, [clip])}
 
 
-def compare(name: str, folder: Path) -> dict[str, float]:
-    """Largest absolute difference by tensor of the reference."""
+def cases(folder: Path) -> list[dict[str, Any]]:
+    """The cases of a model's `meta.json`: one, a list of them (perhaps under `cases`), or by their names."""
     meta = json.loads((folder / "meta.json").read_text())
-    clip, _ = soundfile.read(folder / "inputs" / "a.wav", dtype="float32")
+    if isinstance(meta, dict) and "case" in meta:
+        return [meta]
+    found = meta.get("cases", meta) if isinstance(meta, dict) else meta
+    if isinstance(found, dict):
+        found = [{"case": name} | case for name, case in found.items() if isinstance(case, dict)]
+    if not found or not all(isinstance(case, dict) and "case" in case for case in found):
+        sys.exit(
+            f"{folder / 'meta.json'}: expected a case, or several, each with its name under 'case'; got {meta!r:.200}"
+        )
+    return list(found)
+
+
+def compare(name: str, folder: Path, meta: dict[str, Any]) -> dict[str, float]:
+    """Largest absolute difference by tensor of one case's reference."""
+    clip, _ = soundfile.read(folder / "inputs" / f"{meta.get('audio', 'a')}.wav", dtype="float32")
     reference = np.load(folder / "outputs" / f"{meta['case']}.npz")
     before = Path.cwd()
     os.chdir(folder / "checkpoint_root")  # the checkpoints name their parts relative to it
@@ -93,10 +107,11 @@ def main() -> None:
     folder = parser.parse_args().folder.resolve()
     worst = 0.0
     for name in CHECKPOINTS:
-        differences = compare(name, folder / name)
-        worst = max(worst, *differences.values())
-        listed = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
-        print(f"{name:10s} largest {max(differences.values()):.1e}: {listed}")
+        for meta in cases(folder / name):
+            differences = compare(name, folder / name, meta)
+            worst = max(worst, *differences.values())
+            listed = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
+            print(f"{name:10s} {meta['case']} largest {max(differences.values()):.1e}: {listed}")
     sys.exit(worst > TOLERANCE)
 
 

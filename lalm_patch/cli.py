@@ -154,10 +154,17 @@ def _composed(arguments: Namespace) -> DictConfig | None:
     if arguments.multirun:
         compose(several=True)
         return None
-    # An experiment may say that it is a sweep, and then takes several values without -m.
-    if compose(several=True).hydra.mode == RunMode.MULTIRUN:
-        return None
-    return compose(several=False)
+    config, refused = None, None
+    try:
+        config = compose(several=False)
+    except LalmPatchError as error:
+        refused = error
+    if config is None:
+        # An experiment may say that it is a sweep, and then takes several values without -m.
+        config = compose(several=True)
+        if refused is not None and config.hydra.mode != RunMode.MULTIRUN:
+            raise refused
+    return None if config.hydra.mode == RunMode.MULTIRUN else config
 
 
 def _show_sweep() -> bool:

@@ -8,6 +8,7 @@ is as with a new interpreter.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -64,11 +66,13 @@ def fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
 class Forked:
     """A command forked from the server; methods and attributes are those of `subprocess.Popen`."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], as_user: bool = False
+    ) -> None:
         self.args = arguments
         self._streams = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 (closed by communicate)
         names = [stream.name for stream in self._streams]
-        self._child = fork(_carry_out, folder, arguments, {**ENVIRONMENT, **environment}, names)
+        self._child = fork(_carry_out, folder, arguments, {**ENVIRONMENT, **environment}, names, as_user)
 
     @property
     def pid(self) -> int:
@@ -86,6 +90,15 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def first_line(self, timeout: float = PATIENCE) -> str:
+        """The first line that the command prints; it goes on running."""
+        until = time.monotonic() + timeout
+        while "\n" not in (said := Path(self._streams[0].name).read_text()):
+            assert self.poll() is None, self.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        return said.partition("\n")[0]
+
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         with ExitStack() as stack:
             out, err = (stack.enter_context(stream) for stream in self._streams)
@@ -96,7 +109,23 @@ class Forked:
             return out.read().decode(), err.read().decode()
 
 
-def _carry_out(folder: Path, arguments: tuple[str, ...], environment: dict[str, str], streams: list[str]) -> None:
+def obey_permissions() -> None:
+    """Let permissions hold for root, too: this process, and what it starts, cannot override them any more."""
+    if sys.platform == "linux" and os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: what it starts
+        # A process that only forks keeps what it has: taken from its effective and permitted capabilities, too.
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        data = (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, data) == 0
+        data[0] &= ~(1 << 1)
+        data[1] &= ~(1 << 1)
+        assert libc.capset(header, data) == 0
+
+
+def _carry_out(
+    folder: Path, arguments: tuple[str, ...], environment: dict[str, str], streams: list[str], as_user: bool
+) -> None:
     """In the child: what `python ARGUMENTS` does, in a folder and an environment."""
     for number, name in enumerate(streams, start=1):
         descriptor = os.open(name, os.O_WRONLY | os.O_APPEND)
@@ -104,6 +133,8 @@ def _carry_out(folder: Path, arguments: tuple[str, ...], environment: dict[str, 
         os.close(descriptor)
     # A shell that starts the tests in the background lets them ignore Ctrl-C; a user's terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if as_user:
+        obey_permissions()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -118,9 +149,9 @@ def _carry_out(folder: Path, arguments: tuple[str, ...], environment: dict[str, 
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> Forked:
-    """Start `python ARGUMENTS` in a folder, forked from the server."""
-    return Forked(folder, arguments, environment)
+def start(folder: Path, *arguments: str, as_user: bool = False, **environment: str) -> Forked:
+    """Start `python ARGUMENTS` in a folder, forked from the server; `as_user` as one whom permissions stop."""
+    return Forked(folder, arguments, environment, as_user)
 
 
 def start_fresh(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:

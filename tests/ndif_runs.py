@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import commands
 import httpx
 import numpy as np
 import xarray as xr
@@ -29,14 +28,9 @@ class Server:
 
     def __init__(self, port: int = 0, store: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.store = store or tempfile.TemporaryDirectory()
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "ndif_server.py"), "--port", str(port), "--store", self.store.name],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        arguments = (str(TESTS / "ndif_server.py"), "--port", str(port), "--store", self.store.name)
+        self.process = commands.start(TESTS, *arguments)
+        self.port = int(self.process.first_line())
         self.url = f"http://127.0.0.1:{self.port}"
 
     def control(self, **control: Any) -> None:
@@ -48,10 +42,8 @@ class Server:
         return list(httpx.get(f"{self.url}/counts").json()["requests"])
 
     def kill(self, keep_store: bool = False) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
         if not keep_store:
             self.store.cleanup()
 

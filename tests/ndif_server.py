@@ -293,6 +293,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--store", type=Path, required=True)
     arguments = parser.parse_args()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lalm_patch"]:
+        del sys.modules[name]  # of the server that this process may be forked from
     sys.modules["lalm_patch"] = None  # type: ignore[assignment]
     Handler.cluster = Cluster(arguments.store)
     server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,14 +73,21 @@ def write(outputs: Path, *overrides: str, finished: bool = True, weights: str = 
     return folder
 
 
-@pytest.fixture
-def outputs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models and two attributes; and one run that was stopped."""
+    folder = tmp_path_factory.mktemp("written")
     for model in LAYERS:
         for attribute in ("gender", "animal"):
-            write(tmp_path, f"model={model}", f"attr={attribute}", "data.limit=6")
-    write(tmp_path, "attr=emotion", "data.limit=6", finished=False)
-    return tmp_path
+            write(folder, f"model={model}", f"attr={attribute}", "data.limit=6")
+    write(folder, "attr=emotion", "data.limit=6", finished=False)
+    return folder
+
+
+@pytest.fixture
+def outputs(written: Path, tmp_path: Path) -> Path:
+    """A copy, to be added to and damaged."""
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True))
 
 
 def test_tree_holds_the_runs_and_the_summary_their_numbers(outputs: Path) -> None:

@@ -55,9 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_attribute_and_a_checkpoint_of_ones_own(folder: Path) -> None:
     lines = [line for block in blocks("extending.md", "sh") for line in block.splitlines()]
     assert len(lines) == 3
-    looked, ran, tuned = (
-        run(folder, *line.removeprefix("python ").split(), fresh="--config-dir" in line) for line in lines
-    )
+    looked, ran, tuned = (run(folder, *line.removeprefix("python ").split(), fresh=line is lines[0]) for line in lines)
     assert "What is the size of the room in the recording?" in looked
     assert "targets  small " in looked
     assert "of 2" in ran
@@ -70,7 +68,7 @@ def test_an_attribute_and_a_checkpoint_of_ones_own(folder: Path) -> None:
 def test_a_family_and_interventions_of_ones_own(folder: Path) -> None:
     script = folder / "page.py"
     script.write_text("\n".join(blocks("extending.md", "python")), encoding="utf-8")
-    run(folder, str(script), fresh=True)
+    run(folder, str(script))
     (prefixes,) = folder.glob("outputs/demo-gender-prefix-*")
     run(folder, "-m", "lalm_patch", "attr=gender", "data.limit=4")
     (layers,) = (path for path in folder.glob("outputs/demo-gender-layer-*") if _layout(path) == "chat")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
-from commands import ENVIRONMENT
 
 from lalm_patch.config import compose
 from lalm_patch.errors import StoreError
@@ -20,22 +18,12 @@ from lalm_patch.storage.run_store import RunStore
 SMALL = ("data.limit=2", "granularity.layers=[0,7]", "engine=direct")
 
 
-def command(folder: Path, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = ENVIRONMENT | ({"HOME": str(home)} if home else {})
-    return subprocess.run(
-        [sys.executable, "-m", "lalm_patch", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=obey_permissions,
-    )
-
-
-def obey_permissions() -> None:
-    """Let permissions hold for root, too: what is started from here cannot override them."""
-    if sys.platform == "linux" and os.geteuid() == 0:
-        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run's command, by somebody whom permissions stop."""
+    process = commands.start(folder, *commands.LALM_PATCH, *arguments, as_user=True, **environment)
+    out, err = process.communicate()
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def refused(folder: Path, *arguments: str) -> str:
@@ -86,7 +74,9 @@ def test_help_and_wrong_options_import_no_torch(tmp_path: Path, arguments: tuple
         f"sys.argv = ['lalm_patch', *{arguments!r}]\n"
         "runpy.run_module('lalm_patch', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=commands.ENVIRONMENT, capture_output=True, text=True
+    )
     assert "heavy: []" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -96,11 +86,11 @@ def test_outputs_in_the_home_folder(tmp_path: Path) -> None:
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
     home.mkdir()
-    done = command(work, "outputs=~/x", *SMALL, home=home)
+    done = command(work, "outputs=~/x", *SMALL, HOME=str(home))
     assert done.returncode == 0, done.stderr
     assert len(list(home.glob("x/*/result.nc"))) == 1
     assert not list(work.iterdir())
-    done = command(work, "-m", "outputs='~/x'", *SMALL, home=home)
+    done = command(work, "-m", "outputs='~/x'", *SMALL, HOME=str(home))
     assert "1 finished before" in done.stderr, done.stderr
     assert not list(work.iterdir())
 

@@ -164,7 +164,7 @@ def test_a_full_disk_still_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_failed_run_does_not_stop_its_siblings(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     arguments = ("-m", *tiny, "data.limit=2", "granularity.layers=[99],[0]")
-    done = run(tmp_path, *arguments, fresh=True)
+    done = run(tmp_path, *arguments)
     assert done.returncode == 1
     assert "sweep    1 of 2 runs finished; 1 failed\n" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -180,7 +180,7 @@ def test_a_failed_run_does_not_stop_its_siblings(tmp_path: Path, tiny: tuple[str
 
 def test_joblib_survives_a_killed_worker(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """The pool breaks, its runs are started again; meanwhile a second process on one of the runs is refused."""
-    slow = (*tiny, "granularity=token", "engine=direct")
+    slow = (*tiny, "granularity=token", "engine=direct", "granularity.layers=[0,2]")
     launcher = ("hydra/launcher=lalm_patch_joblib", "hydra.launcher.n_jobs=2")
     sweep = commands.start_fresh(tmp_path, *commands.LALM_PATCH, "-m", *launcher, *slow, "data.limit=4,5")
     folder = tmp_path / "outputs" / compose(*slow, "data.limit=5").run_name

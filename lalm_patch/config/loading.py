@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource as HydraSchemas
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
@@ -110,8 +113,34 @@ def _loader(folder: str | None, extra: str | None) -> ConfigLoaderImpl:
         search_path.append("command-line", f"file://{Path(extra).absolute()}")
         search_path.append(schema.provider, schema.path)
     loader = ConfigLoaderImpl(search_path)
+    sources = loader.repository.sources
+    sources[:] = [_Files(one.provider, one.path) if one.scheme() == "file" else one for one in sources]
     loader.repository.sources[-1] = StructuredConfigSource("schema", "structured://")
     return loader
+
+
+class _Files(FileConfigSource):  # type: ignore[misc]
+    """A folder of YAML files, each parsed once for as long as it stays as it is: compositions share most of theirs."""
+
+    def load_config(self, config_path: str) -> Any:
+        """See `ConfigSource`."""
+        file = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))
+        try:
+            stat = os.stat(file)
+        except OSError:
+            return super().load_config(config_path)
+        key = (self.provider, self.path, file, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
+        found = _parsed.get(key)
+        if found is None:
+            found = super().load_config(config_path)
+            if len(_parsed) == MOST_PARSED:
+                _parsed.clear()
+            _parsed[key] = found
+        return copy.deepcopy(found)  # Hydra takes defaults out of what it gets, and puts the rest into its own
+
+
+_parsed: dict[tuple[Any, ...], Any] = {}
+MOST_PARSED = 256
 
 
 class StructuredConfigSource(HydraSchemas):  # type: ignore[misc]  # Hydra looks for this name

@@ -10,7 +10,6 @@ import seaborn
 import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from scipy.signal import ShortTimeFFT
 
 from lalm_patch.analysis import about, licence, run_settings
 from lalm_patch.analysis.options import option_texts
@@ -131,6 +130,8 @@ def _said(clip: xr.Dataset, run: str) -> str:
 
 
 def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title: str, answers: bool) -> Figure:
+    from scipy.signal import ShortTimeFFT  # of one kind of figure, and slow to import
+
     rates = clip["recovery_rate"].transpose("layer", ...)
     token_wise, columns = "token" in rates.dims, rates.ndim > 1
     seconds = len(waveform) / rate

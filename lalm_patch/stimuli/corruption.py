@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy import signal
 
 from lalm_patch.errors import ConfigError
 from lalm_patch.stimuli.audio import SAMPLING_RATE, Waveform
@@ -38,6 +37,8 @@ def silence_floor(waveform: Waveform) -> Waveform:
     In every band of frequencies the level is the one that a tenth of the clip's frames stay below; phases are random.
     What a recording is like when nobody speaks stays, and so does how the front-end scales it; all else goes.
     """
+    from scipy import signal  # takes most of the time in which a wrong option is answered
+
     size = min(FLOOR_FRAME, len(waveform))
     transform = signal.ShortTimeFFT(signal.windows.hann(size, sym=False), max(1, size // 4), fs=SAMPLING_RATE)
     frames = transform.stft(waveform.astype(np.float64))

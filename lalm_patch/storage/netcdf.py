@@ -47,6 +47,14 @@ def sanitise(dataset: xr.Dataset) -> xr.Dataset:
 def to_bytes(dataset: xr.Dataset) -> bytes:
     """The netCDF4 file of a sanitised dataset.
 
+    Raises ValueError as `stored_as` does.
+    """
+    return stored_as(dataset)[0]
+
+
+def stored_as(dataset: xr.Dataset) -> tuple[bytes, xr.Dataset]:
+    """The netCDF4 file of a sanitised dataset, and what was read back from it.
+
     Raises ValueError if it would not read back as it is, e.g. for units that xarray takes for dates.
     """
     buffer = io.BytesIO()
@@ -60,7 +68,7 @@ def to_bytes(dataset: xr.Dataset) -> bytes:
     ]
     if changed or not found.identical(dataset):
         raise ValueError(f"the dataset would not read back as it is: {'; '.join(changed) or _compared(dataset, found)}")
-    return data
+    return data, found
 
 
 def from_bytes(data: bytes) -> xr.Dataset:
