@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +35,6 @@ pytestmark = pytest.mark.usefixtures("without_pdfs")
 
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6
-
-
-@pytest.fixture(scope="module")
-def one_server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(one_server: Server) -> Server:
-    """The server as it starts, whatever the test before did with it."""
-    one_server.control()
-    return one_server
-
-
-@pytest.fixture(scope="module")
-def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A random tiny Qwen2-Audio on noise; half of the clips or more count, whatever it answers."""
-    root = write_sakura(tmp_path_factory.mktemp("data"), GENDER, clips=CLIPS)
-    identifier = f"model.id={checkpoints['qwen2_audio']}"
-    return ("model=qwen2_audio", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
 
 
 DEMO = ("model=demo", "attr=gender", "data.limit=6")
@@ -173,12 +150,6 @@ def test_strict_mode_refuses(what: str, server: Server, checkpoints: dict[str, P
 
 def stored_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
-    """The tiny model's run without any server."""
-    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
 
 
 def test_client_killed_then_reattached(
