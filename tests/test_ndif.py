@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,18 @@ def test_what_passes(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> N
     )
     dataset = result(*tiny, f"outputs={tmp_path}", *remote(server))
     assert dataset.sizes["sample"] == CLIPS
+
+
+def test_the_fingerprint_of_a_folder_stays_here(checkpoints: dict[str, Path]) -> None:
+    """A pinned folder is compared with its files here; a server knows branches, tags and commits only."""
+    settings = ModelSettings(name="tiny", family="qwen2_audio", id=str(checkpoints["qwen2_audio"]), dtype="float32")
+    free = LALM.outline(settings)
+    pinned = replace(settings, revision=free.commit)
+    assert str(pinned.revision).startswith("local:")
+    backend = BackendSettings("ndif", "http://127.0.0.1:9")
+    engines = [ndif.NdifEngine(LALM.outline(one), one, backend) for one in (settings, pinned)]
+    assert engines[0].model_key == engines[1].model_key
+    assert json.loads(engines[1].model_key.partition(":")[2])["revision"] is None
 
 
 def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:
