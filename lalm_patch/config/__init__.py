@@ -18,7 +18,7 @@ from lalm_patch.config.explaining import chain, explained, told_by_libraries
 from lalm_patch.config.loading import config_folder, load, one_at_a_time, store_defaults
 from lalm_patch.config.naming import run_folder, run_name
 from lalm_patch.config.reading import check_choices, check_value, read, resolved
-from lalm_patch.config.words import at_home, nearest
+from lalm_patch.config.words import at_home
 from lalm_patch.settings import RunSettings
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "config_folder",
     "explained",
     "load",
-    "nearest",
     "register",
     "run_name",
     "to_settings",

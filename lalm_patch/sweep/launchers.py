@@ -19,7 +19,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from lalm_patch.config import nearest, register, to_settings
+from lalm_patch.config import register, to_settings
+from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError, LalmPatchError
 from lalm_patch.storage.places import not_writable, unwritable
 from lalm_patch.storage.run_store import is_finished
