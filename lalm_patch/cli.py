@@ -16,8 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lalm_patch.config import at_home, chain, config_folder, explained, load, register, to_settings, told_by_libraries
-from lalm_patch.errors import ConfigError, LalmPatchError
+from lalm_patch.errors import ConfigError, LalmPatchError, StoreError
 from lalm_patch.settings import RunSettings
+from lalm_patch.storage.journal import disk_is_full, storage_error
 from lalm_patch.storage.places import not_writable, unwritable
 from lalm_patch.storage.run_store import read_receipt
 from lalm_patch.storage.shards import run_folder_of
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _failures: list[str] = []
 """What went wrong in this process, by run; a failed run of a sweep must not stop the others."""
+
+_places: list[Path] = []
+"""Where this process's command writes: the run's folder, or the one of all runs of a sweep."""
 
 _begun: list[Path] = []
 """Folders of the runs that began in this process."""
@@ -52,10 +56,13 @@ def run_one(config: DictConfig) -> None:
         log.error("error: %s", error)
         _failures.append(str(error))
     except Exception as error:
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if (full := _full(error, folder)) is not None:
+            log.error("error: %s", full)
+        elif hydra_config.mode != RunMode.MULTIRUN:
             raise
-        log.exception("this run failed")
-        _failures.append(str(error))
+        else:
+            log.exception("this run failed")
+        _failures.append(str(full or error))
 
 
 def _carry_out(settings: RunSettings, folder: Path, command: str) -> None:
@@ -94,6 +101,8 @@ def main() -> None:
         told = _told(error)
         if everything or told is None:
             raise
+        if _begun:
+            _show_sweep()
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     if not _show_sweep() or _failures:
@@ -104,11 +113,25 @@ def _told(error: Exception) -> LalmPatchError | None:
     """What to say of an error that no run is to blame for; None for a defect, which keeps its traceback."""
     if told_by_libraries(error):
         return explained(error, in_shell=True)
+    # Hydra makes a run's folder, and files in it, before the run begins, and a sweep's before the first of its runs.
+    if _places and (full := _full(error, _places[-1])) is not None:
+        return full
     disk = next((link for link in chain(error) if isinstance(link, OSError)), None)
     if _begun or disk is None:
         return None
-    # Hydra makes the run's folder, and a log file in it, before the run begins.
     return not_writable(f"{disk.strerror or disk}" + (f" ({disk.filename})" if disk.filename else ""))
+
+
+_SOMEWHERE = "writing there, to a temporary folder, or what this command prints"
+
+
+def _full(error: Exception, folder: Path) -> StoreError | None:
+    """The error of a disk without room, wherever it came up; a write that failed does not tell the name of its file."""
+    found = next((link for link in chain(error) if disk_is_full(link)), None)
+    if not isinstance(found, OSError):
+        return None
+    where = Path(os.fsdecode(found.filename)) if isinstance(found.filename, (str, bytes)) else None
+    return storage_error(found, where or folder, "writing" if where else _SOMEWHERE)
 
 
 _RAISE = "HYDRA_FULL_ERROR"
@@ -129,11 +152,13 @@ def _looked_at(arguments: Namespace) -> bool:
     if arguments.config_dir is not None and not Path(arguments.config_dir).is_dir():
         raise ConfigError(f"--config-dir={arguments.config_dir}: expected a folder with YAML files, there is none")
     sys.argv[1:] = [at_home(argument) for argument in sys.argv[1:]]
-    config = _composed(arguments)
-    if config is None:
+    config, is_sweep = _composed(arguments)
+    if is_sweep:
+        _places.append(Path(str(config.hydra.sweep.dir)))
         return True
     settings = to_settings(config)
     folder = Path(str(config.hydra.run.dir))
+    _places.append(folder)
     if arguments.cfg or (why := unwritable(folder)) is None:
         return True
     if not settings.dry_run and read_receipt(run_folder_of(folder)) is None:
@@ -144,16 +169,15 @@ def _looked_at(arguments: Namespace) -> bool:
     return False
 
 
-def _composed(arguments: Namespace) -> DictConfig | None:
-    """The configuration of a command that is one run; None of a sweep."""
+def _composed(arguments: Namespace) -> tuple[DictConfig, bool]:
+    """The configuration of a command, and whether it is a sweep."""
 
     def compose(several: bool) -> DictConfig:
         folder, name, extra = arguments.config_path, arguments.config_name, arguments.config_dir
         return load(arguments.overrides, folder=folder, name=name, extra=extra, several=several, in_shell=True)
 
     if arguments.multirun:
-        compose(several=True)
-        return None
+        return compose(several=True), True
     config, refused = None, None
     try:
         config = compose(several=False)
@@ -164,7 +188,7 @@ def _composed(arguments: Namespace) -> DictConfig | None:
         config = compose(several=True)
         if refused is not None and config.hydra.mode != RunMode.MULTIRUN:
             raise refused
-    return None if config.hydra.mode == RunMode.MULTIRUN else config
+    return config, config.hydra.mode == RunMode.MULTIRUN
 
 
 def _show_sweep() -> bool:

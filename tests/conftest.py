@@ -21,7 +21,9 @@ from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Attribute, Prompt
 
 if TYPE_CHECKING:
+    import xarray as xr
     from native_checkpoints import DestaFiles
+    from ndif_runs import Server
 
     from lalm_patch.models import LALM
 
@@ -152,6 +154,40 @@ def without_pdfs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style, "rendered", lambda figure, kind: b"-" if kind == "pdf" else whole(figure, kind, dpi=40))
         yield
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[Server]:
+    from ndif_runs import Server
+
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """The small NDIF as it starts, whatever the test before did with it."""
+    one_server.control()
+    return one_server
+
+
+@pytest.fixture(scope="module")
+def tiny(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """Overrides: a random tiny Qwen2-Audio on the module's `CLIPS` clips of noise; half of them or more count."""
+    root = write_sakura(tmp_path_factory.mktemp("data"), GENDER, clips=request.module.CLIPS)
+    identifier = f"model.id={checkpoints['qwen2_audio']}"
+    return ("model=qwen2_audio", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
+
+
+@pytest.fixture(scope="module")
+def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    """The run of `tiny` without any server."""
+    from ndif_runs import result
+
+    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
 
 
 @pytest.fixture(scope="session")

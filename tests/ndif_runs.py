@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def control(self, **control: Any) -> None:
-        httpx.post(f"{self.url}/control", json=control).raise_for_status()
+        httpx.post(f"{self.url}/control", json=control, timeout=60).raise_for_status()
 
     @property
     def states(self) -> list[str]:
         """States of all requests so far, in the order of their arrival."""
-        return list(httpx.get(f"{self.url}/counts").json()["requests"])
+        return list(httpx.get(f"{self.url}/counts", timeout=60).json()["requests"])
 
     def kill(self, keep_store: bool = False) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -72,3 +75,22 @@ def assert_same_numbers(local: xr.Dataset, other: xr.Dataset) -> None:
             np.testing.assert_allclose(other[name], variable, atol=1e-5, rtol=1e-5, err_msg=str(name))
         else:
             np.testing.assert_array_equal(other[name], variable, err_msg=str(name))
+
+
+def assert_whole(dataset: xr.Dataset, local: xr.Dataset) -> None:
+    """Every clip once, with the numbers of a run without a server."""
+    assert dataset["sample"].values.tolist() == local["sample"].values.tolist()
+    assert_same_numbers(local[PROBABILITIES], dataset[PROBABILITIES])
+
+
+def in_background(do: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=do)
+    thread.start()
+    return thread
+
+
+def wait_for(condition: Callable[[], bool], patience: float = 240) -> None:
+    limit = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < limit, f"not within {patience} s"
+        time.sleep(0.05)

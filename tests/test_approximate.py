@@ -11,7 +11,6 @@ import pytest
 import torch
 import xarray as xr
 from conftest import load, noise
-from native_checkpoints import DestaFiles
 from scipy import stats
 
 import lalm_patch
@@ -138,11 +137,8 @@ def test_relevance_is_the_gradient_of_a_model_with_frozen_factors(lalm: LALM, pr
 
 
 @pytest.mark.parametrize("family", ["qwen_audio", "desta2", "desta25"])
-def test_native_families_are_approximated_alike(
-    family: str, desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path, prompt: Prompt
-) -> None:
-    folders = {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
-    lalm = load(folders[family], family)
+def test_native_families_are_approximated_alike(family: str, native_folders: dict[str, Path], prompt: Prompt) -> None:
+    lalm = load(native_folders[family], family)
     clean, silent = pair(lalm, prompt)
     ids = lalm.target_ids(prompt, "chat")
     near, grid = between(silent, clean, 1e-3), grid_at(lalm, clean, Site.RESID)

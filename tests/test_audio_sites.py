@@ -12,7 +12,6 @@ import torch
 from conftest import load, noise
 from hypothesis import given
 from hypothesis import strategies as st
-from native_checkpoints import DestaFiles
 
 import lalm_patch
 from lalm_patch.analysis import about, fusion, mean_recovery
@@ -33,11 +32,8 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def families(
-    checkpoints: dict[str, Path], desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path
-) -> dict[str, LALM]:
-    folders = {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
-    return {name: load(folder, name) for name, folder in {**checkpoints, **folders}.items()}
+def families(checkpoints: dict[str, Path], native_folders: dict[str, Path]) -> dict[str, LALM]:
+    return {name: load(folder, name) for name, folder in {**checkpoints, **native_folders}.items()}
 
 
 def pair(lalm: LALM, prompt: Prompt, seconds: float = 1.0) -> tuple[Encoding, Encoding]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import load, noise
-from native_checkpoints import DestaFiles
 from tiny_generic import save_generic
 
 from lalm_patch.errors import ModelError
@@ -33,14 +32,11 @@ PROMPT = Prompt("What is the gender of the speaker?", ("male", "female"), "The s
 def opened(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
-    desta2_files: DestaFiles,
-    desta25_files: DestaFiles,
-    qwen_folder: Path,
+    native_folders: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, LALM]:
     family = request.param
-    folders = checkpoints | {"desta2": desta2_files.location, "desta25": desta25_files.location}
-    folders |= {"qwen_audio": qwen_folder}
+    folders = checkpoints | native_folders
     if family == "generic":
         folders["generic"] = save_generic(tmp_path_factory.mktemp("generic") / "files", "audioflamingo3")
     return family, load(folders[family], family)

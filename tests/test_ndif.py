@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +36,6 @@ pytestmark = pytest.mark.usefixtures("without_pdfs")
 
 KEY = "planted-5ecret-0f-the-user"
 CLIPS = 6
-
-
-@pytest.fixture(scope="module")
-def one_server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(one_server: Server) -> Server:
-    """The server as it starts, whatever the test before did with it."""
-    one_server.control()
-    return one_server
-
-
-@pytest.fixture(scope="module")
-def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A random tiny Qwen2-Audio on noise; half of the clips or more count, whatever it answers."""
-    root = write_sakura(tmp_path_factory.mktemp("data"), GENDER, clips=CLIPS)
-    identifier = f"model.id={checkpoints['qwen2_audio']}"
-    return ("model=qwen2_audio", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
 
 
 DEMO = ("model=demo", "attr=gender", "data.limit=6")
@@ -175,12 +153,6 @@ def stored_text(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-@pytest.fixture(scope="module")
-def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
-    """The tiny model's run without any server."""
-    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
-
-
 def test_client_killed_then_reattached(
     server: Server,
     tiny: tuple[str, ...],
@@ -292,6 +264,18 @@ def test_what_passes(server: Server, tiny: tuple[str, ...], tmp_path: Path) -> N
     )
     dataset = result(*tiny, f"outputs={tmp_path}", *remote(server))
     assert dataset.sizes["sample"] == CLIPS
+
+
+def test_the_fingerprint_of_a_folder_stays_here(checkpoints: dict[str, Path]) -> None:
+    """A pinned folder is compared with its files here; a server knows branches, tags and commits only."""
+    settings = ModelSettings(name="tiny", family="qwen2_audio", id=str(checkpoints["qwen2_audio"]), dtype="float32")
+    free = LALM.outline(settings)
+    pinned = replace(settings, revision=free.commit)
+    assert str(pinned.revision).startswith("local:")
+    backend = BackendSettings("ndif", "http://127.0.0.1:9")
+    engines = [ndif.NdifEngine(LALM.outline(one), one, backend) for one in (settings, pinned)]
+    assert engines[0].model_key == engines[1].model_key
+    assert json.loads(engines[1].model_key.partition(":")[2])["revision"] is None
 
 
 def test_model_not_deployed(server: Server, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -5,23 +5,17 @@ The sentences are those of `ndif` 0.1.2.
 
 from __future__ import annotations
 
-import json
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xarray as xr
-from conftest import GENDER, write_sakura
-from ndif_runs import PROBABILITIES, Server, assert_same_numbers, remote, result
+from ndif_runs import Server, assert_whole, in_background, remote, result, wait_for
 
 import lalm_patch
 from lalm_patch.engine import ndif
 from lalm_patch.errors import CheckError, ConfigError, HostError
-from lalm_patch.storage.jobs import JOBS, Job, JobBook
 from lalm_patch.tracing import remote as remote_tracing
 
 CLIPS = 3
@@ -44,137 +38,6 @@ FRAMES = "".join(
 TRACEBACK = "Traceback (most recent call last):\n" + FRAMES
 RUNNER_KILLED = TRACEBACK + "ConnectionResetError: [Errno 104] Connection reset by peer\n"
 PAGE = "<!DOCTYPE html>\n<html><head><title>500 Internal Server Error</title></head>" + "<p>nothing here</p>" * 200
-
-
-@pytest.fixture(scope="module")
-def one_server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(one_server: Server) -> Server:
-    """The server as it starts, whatever the test before did with it."""
-    one_server.control()
-    return one_server
-
-
-@pytest.fixture(scope="module")
-def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    root = write_sakura(tmp_path_factory.mktemp("data"), GENDER, clips=CLIPS)
-    identifier = f"model.id={checkpoints['qwen2_audio']}"
-    return ("model=qwen2_audio", identifier, "model.dtype=float32", "attr=gender", f"data.root={root}")
-
-
-@pytest.fixture(scope="module")
-def computed_here(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
-    return result(*tiny, f"outputs={tmp_path_factory.mktemp('here')}")
-
-
-def assert_whole(dataset: xr.Dataset, local: xr.Dataset) -> None:
-    """Every clip once, with the numbers of a run without a server."""
-    assert dataset["sample"].values.tolist() == local["sample"].values.tolist()
-    assert_same_numbers(local[PROBABILITIES], dataset[PROBABILITIES])
-
-
-def in_background(do: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=do)
-    thread.start()
-    return thread
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.05)
-
-
-# --- the server is started again, or loses a job ---------------------------------------------------------------
-
-
-def test_restart_with_the_store_kept(tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path) -> None:
-    """The queue is lost, and what the server said of its jobs is not: they are queued for ever, and sent again."""
-    first = Server()
-    first.control(hold=1)
-    what = (*tiny, f"outputs={tmp_path}", *remote(first, "backend.max_jobs=3", "backend.forget_seconds=0.3"))
-
-    def stop() -> None:
-        wait_for(lambda: first.states.count("COMPLETED") >= 1 and len(first.states) >= CLIPS)
-        first.kill(keep_store=True)
-
-    helper = in_background(stop)
-    with pytest.raises(HostError, match=r"cannot be reached.*the same command goes on"):
-        lalm_patch.trace(*what)
-    helper.join()
-    again = Server(first.port, first.store)
-    try:
-        assert again.states.count("QUEUED") >= 2
-        assert_whole(result(*what), computed_here)
-    finally:
-        again.kill()
-
-
-def test_overtaken_job_is_lost(
-    server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
-) -> None:
-    """A queue answers in order: a job that waits while a later one is done was lost, long before it is stale."""
-    before = len(server.states)
-    server.control(lose={"times": 1})
-    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.max_jobs=2", "backend.forget_seconds=0.5"))
-    assert_whole(dataset, computed_here)
-    assert server.states[before:] == ["QUEUED", "COMPLETED", "COMPLETED", "COMPLETED"]
-
-
-def test_silence_ends(server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path) -> None:
-    """All jobs in flight are lost, so none overtakes another."""
-    server.control(lose={"times": CLIPS})
-    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.stale_seconds=1"))
-    assert_whole(dataset, computed_here)
-
-
-def test_a_queue_that_moves_is_not_lost(
-    server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
-) -> None:
-    """The last job waits longer than the limit, and earlier ones come back: copies would only make the queue longer."""
-    before = len(server.states)
-    server.control(slow={"times": CLIPS, "seconds": 2})
-    dataset = result(*tiny, f"outputs={tmp_path}", *remote(server, "backend.max_jobs=3", "backend.stale_seconds=3.5"))
-    assert_whole(dataset, computed_here)
-    assert server.states[before:] == ["COMPLETED"] * CLIPS
-
-
-def test_answers_that_come_back_twice(
-    server: Server, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
-) -> None:
-    """A long queue looks like a lost one: few copies are sent, and every clip is stored once."""
-    before, started = len(server.states), time.monotonic()
-    server.control(hold=0)
-    what = (*tiny, f"outputs={tmp_path}", *remote(server, "backend.stale_seconds=0.4", "backend.max_jobs=3"))
-
-    def release() -> None:
-        wait_for(lambda: len(server.states) - before >= 3 * CLIPS)
-        server.control()
-
-    helper = in_background(release)
-    dataset = result(*what)
-    helper.join()
-    assert_whole(dataset, computed_here)
-    (folder,) = tmp_path.iterdir()
-    assert not (folder / JOBS).exists()
-    waited = time.monotonic() - started
-    assert waited > 0.4 + 0.8  # the second copy is sent after twice the time
-    wait_for(lambda: set(server.states[before:]) == {"COMPLETED"})
-    assert len(server.states) - before <= 4 * CLIPS
-    assert_whole(result(*what), computed_here)  # what came back late changes nothing
-    assert len(server.states) - before <= 4 * CLIPS
-
-
-def test_book_names_every_job_that_may_come_back(tmp_path: Path) -> None:
-    book = JobBook(tmp_path)
-    book.put("clip", Job("new", "host", "digest", False, 12.5, ("old", "older")))
-    assert JobBook(tmp_path).get("clip") == book.get("clip")
-    book.path.write_text(json.dumps({"clip": {"id": "one", "host": "host", "digest": "digest", "verify": True}}))
-    assert JobBook(tmp_path).get("clip") == Job("one", "host", "digest", True)  # as written before there were copies
 
 
 # --- faults that pass ------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import pytest
 import torch
 import xarray as xr
 from conftest import load, noise
-from native_checkpoints import DestaFiles
 from scipy.stats import mannwhitneyu
 from tiny_models import save_tiny_qwen2_audio, save_tiny_voxtral
 
@@ -76,11 +75,8 @@ def test_looking_changes_nothing(lalm: LALM, prompt: Prompt) -> None:
     assert torch.equal(before, after)
 
 
-def test_native_families_are_seen_alike(
-    desta2_files: DestaFiles, desta25_files: DestaFiles, qwen_folder: Path, prompt: Prompt
-) -> None:
-    folders = {"desta2": desta2_files.location, "desta25": desta25_files.location, "qwen_audio": qwen_folder}
-    for family, folder in folders.items():
+def test_native_families_are_seen_alike(native_folders: dict[str, Path], prompt: Prompt) -> None:
+    for family, folder in native_folders.items():
         lalm = load(folder, family)
         encoding = lalm.encode(noise(1.0), prompt, "chat")
         token = lalm.target_ids(prompt, "chat")[0]

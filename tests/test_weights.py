@@ -36,21 +36,18 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folders(
     checkpoints: dict[str, Path],
+    native_folders: dict[str, Path],
     desta2_files: DestaFiles,
-    desta25_files: DestaFiles,
-    qwen_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("generic")
-    return checkpoints | {
+    others = {
         "generic": save_generic(root / "flamingo", "audioflamingo3"),
         "omni": save_generic(root / "omni", "qwen2_5_omni"),
-        "qwen_audio": qwen_folder,
-        "desta2": desta2_files.location,
-        "desta25": desta25_files.location,
         "llama": desta2_files.decoder,
         "whisper": desta2_files.encoder,
     }
+    return checkpoints | native_folders | others
 
 
 def _changed(folders: dict[str, Path], kind: str, change: Change, root: Path) -> tuple[Callable[[], LALM], str]:

@@ -119,7 +119,8 @@ class NdifEngine:
         self._model = TransformersModel(
             lalm.module, task=lalm.family.hosted_task, processor=lalm.family.processor, device="meta"
         )
-        self._model.repo_id, self._model.revision = name, model.revision
+        # A folder's revision is a fingerprint that was compared here; servers know branches, tags and commits.
+        self._model.repo_id, self._model.revision = name, None if checkpoint.local else model.revision
         huggingface._ID_CACHE.setdefault(name, name)  # otherwise nnsight asks the hub how the id is spelled
         self.model_key: str = self._model.to_model_key()
         self._decoder = _descend(self._model, lalm.decoder_path)

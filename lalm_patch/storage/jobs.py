@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lalm_patch.storage.journal import replace_file
+from lalm_patch.storage.journal import replace_file, storage_error
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,11 @@ class JobBook:
         if not self._jobs:
             self.path.unlink(missing_ok=True)
             return
-        replace_file(self.path, json.dumps({sample: asdict(job) for sample, job in self._jobs.items()}).encode())
+        data = json.dumps({sample: asdict(job) for sample, job in self._jobs.items()}).encode()
+        try:
+            replace_file(self.path, data)
+        except OSError as error:
+            raise storage_error(error, self.path, "noting which clips are with the server") from error
 
 
 def _job(entry: dict[str, Any]) -> Job:

@@ -298,6 +298,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room, on the disk or in a quota: no defect, wherever it comes up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def storage_error(error: OSError, path: Path, doing: str) -> StoreError:
     """The StoreError that explains an OSError of a write."""
     advice = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.storage.journal import dump_json, replace_file
+from lalm_patch.storage.journal import dump_json, replace_file, storage_error
 from lalm_patch.storage.places import unwritable
 from lalm_patch.storage.run_store import JOURNAL, SampleRecord, peek
 
@@ -95,7 +95,11 @@ def stored_elsewhere(run: Path, identity: Mapping[str, str], but: Path | None = 
 
 def mark_complete(folder: Path, identity: Mapping[str, str], samples: int) -> None:
     """Note that all clips of a shard are stored."""
-    replace_file(folder / COMPLETE, dump_json({"samples": samples, "identity": dict(identity)}))
+    path = folder / COMPLETE
+    try:
+        replace_file(path, dump_json({"samples": samples, "identity": dict(identity)}))
+    except OSError as error:
+        raise storage_error(error, path, "noting that the shard is complete") from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from lalm_patch.config import register, to_settings
+from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError, LalmPatchError
 from lalm_patch.storage.places import not_writable, unwritable
 from lalm_patch.storage.run_store import is_finished
@@ -28,6 +29,7 @@ from lalm_patch.sweep.runs import DONE, LAST_FIGURE_FILE, State, SweepRun, statu
 
 log = logging.getLogger(__name__)
 
+NEEDS = "hydra/launcher: this launcher needs another package: pip install 'lalm_patch[{}]'"
 METRIC_KEYS = ("metric", "metric.name")
 
 sweep: list[SweepRun] = []
@@ -43,29 +45,56 @@ class SweepLauncher(Launcher):  # type: ignore[misc]
 
     def __init__(self, **parameters: Any) -> None:
         self.parameters = parameters
+        self._plans: dict[tuple[tuple[str, ...], ...], list[SweepRun]] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `launch`."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Raises ConfigError for a key of `hydra.launcher` that this launcher lacks, or a value it cannot use."""
+        known = self.known_parameters()
+        for key in self.parameters:
+            if key not in known:
+                there = f"the nearest is hydra.launcher.{nearest(key, known)}" if known else "it has none at all"
+                raise ConfigError(f"hydra.launcher.{key}: this launcher has no such setting; {there}")
+
+    def known_parameters(self) -> frozenset[str]:
+        """The keys of `hydra.launcher` that do something."""
+        return frozenset()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Launch the runs that are not finished; called by Hydra once per batch.
 
         What failed is in the run's folder and in the summary: an error in what is returned here would make Hydra stop.
         """
-        plan = [self._planned(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
-        _check_metrics(plan)
+        plan = self.plan(job_overrides, initial_job_idx)
         first_of = {run.folder: i for i, run in reversed(list(enumerate(plan)))}
         sweep.extend(plan[i] for i in sorted(first_of.values()))
         todo = [i for i in sorted(first_of.values()) if not plan[i].before]
-        for run in (plan[i] for i in todo):
-            if (why := unwritable(run.folder)) is not None:
-                raise not_writable(why)
         log.info("%d of %d runs to do; %d finished before", len(todo), len(first_of), len(first_of) - len(todo))
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         if todo:
             self.submit([plan[i] for i in todo], [list(job_overrides[i]) for i in todo], initial_job_idx)
         return [_nothing_to_raise(overrides) for overrides in job_overrides]
+
+    def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[SweepRun]:
+        """The runs of a batch, all of them checked; nothing is written. What was planned once is known.
+
+        Raises:
+            ConfigError: of the first run that cannot run.
+            StoreError: the first run's folder that cannot be written.
+        """
+        key = tuple(map(tuple, job_overrides))
+        if key not in self._plans:
+            plan = [self._planned(overrides, first + i) for i, overrides in enumerate(job_overrides)]
+            _check_metrics(plan)
+            for run in plan:
+                if not run.before and (why := unwritable(run.folder)) is not None:
+                    raise not_writable(why)
+            self._plans[key] = plan
+        return self._plans[key]
 
     def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
         """Carry out `runs` and return when they ended, well or not."""
@@ -135,13 +164,26 @@ class JoblibSweep(LocalSweep):
     long as every round stores more samples; the runs that always die are left for the summary.
     """
 
-    def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
+    def known_parameters(self) -> frozenset[str]:
         """See `SweepLauncher`."""
         try:
-            from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
-            from joblib.externals.loky.process_executor import BrokenProcessPool
+            from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
         except ImportError:
-            sys.exit("error: this launcher needs another package: pip install 'lalm_patch[joblib]'")
+            raise ConfigError(NEEDS.format("joblib")) from None
+        return frozenset(JobLibLauncherConf.__dataclass_fields__) - {"_target_"}
+
+    def check_parameters(self) -> None:
+        """See `SweepLauncher`."""
+        super().check_parameters()
+        jobs = self.parameters.get("n_jobs", 1)
+        if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs == 0:
+            raise ConfigError(f"hydra.launcher.n_jobs={jobs}: expected a number of processes, or -1 for all cores")
+
+    def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
+        """See `SweepLauncher`."""
+        from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+        from joblib.externals.loky.process_executor import BrokenProcessPool
+
         remaining = list(zip(runs, overrides, strict=True))
         while remaining:
             before = _stored(remaining)

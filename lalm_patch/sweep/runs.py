@@ -118,7 +118,8 @@ def failure_recorded(folder: Path, command: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(failure, _report(error, command).encode("utf-8", "backslashreplace"))
         except OSError as refused:
-            log.error("%s could not be written: %s", failure, refused)
+            said = any(isinstance(link, OSError) and link.errno == refused.errno for link in (error, error.__cause__))
+            log.log(logging.DEBUG if said else logging.ERROR, "%s could not be written: %s", failure, refused)
         raise
 
 

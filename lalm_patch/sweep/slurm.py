@@ -19,8 +19,9 @@ from pathlib import Path
 
 from hydra.core.singleton import Singleton
 
+from lalm_patch.errors import ConfigError
 from lalm_patch.storage.journal import dump_json, replace_file
-from lalm_patch.sweep.launchers import SlurmJob, SweepLauncher
+from lalm_patch.sweep.launchers import NEEDS, SlurmJob, SweepLauncher
 from lalm_patch.sweep.runs import DONE, State, SweepRun, status
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,16 @@ _WAITS_FOR_ITS_TURN = {"None", "Priority", "Resources", "JobArrayTaskLimit", "Be
 
 class SlurmSweep(SweepLauncher):
     """One Slurm job per run, in arrays; only runs that are neither finished nor in the queue are submitted."""
+
+    def known_parameters(self) -> frozenset[str]:
+        """See `SweepLauncher`: this launcher's own, the plugin's, and what submitit writes into a job's script."""
+        try:
+            from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+            from submitit.slurm.slurm import SlurmExecutor
+        except ImportError:
+            raise ConfigError(NEEDS.format("slurm")) from None
+        plugins = frozenset(SlurmQueueConf.__dataclass_fields__) - {"_target_"}
+        return plugins | frozenset(SlurmExecutor._valid_parameters()) | frozenset(_OWN)
 
     def submit(self, runs: list[SweepRun], overrides: list[list[str]], first: int) -> None:
         """See `SweepLauncher`. Returns when no job of these runs is left in the queue."""
@@ -57,12 +68,10 @@ class SlurmSweep(SweepLauncher):
             raise
 
     def _submit_array(self, tasks: list[tuple[SweepRun, list[str], int]]) -> dict[Path, str]:
-        try:
-            import submitit
-            from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-            from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
-        except ImportError:
-            sys.exit("error: this launcher needs another package: pip install 'lalm_patch[slurm]'")
+        import submitit
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
         own = (*_OWN, "submitit_folder", "max_num_timeout")
         launcher = SlurmLauncher(**{key: value for key, value in self.parameters.items() if key not in _OWN})
         launcher.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)

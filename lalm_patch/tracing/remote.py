@@ -96,7 +96,7 @@ class RemoteTracer(Tracer):
                     continue
                 flying.remove(clip)
                 for other in flying:
-                    other.jobs.answered(clip.jobs.sent_of_answer)
+                    other.jobs.answered(clip.jobs)
                 self._count(clip, trace, progress)
                 spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
                 yield clip.record, trace

@@ -27,7 +27,7 @@ class _Sent:
     """A job, and what was last heard of it.
 
     `former`: by a process before this one. `moved`: something has changed since it was first heard of here. `begun`:
-    when this process sent it or picked it up.
+    when this process sent it or picked it up. `waited`: when the server last said that it has not begun with it.
     """
 
     id: str
@@ -37,6 +37,7 @@ class _Sent:
     heard: tuple[str, str] = ("", "")
     begun: float = field(default_factory=time.monotonic)
     changed: float = field(default_factory=time.monotonic)
+    waited: float = float("-inf")
 
 
 class ClipJobs:
@@ -79,6 +80,15 @@ class ClipJobs:
         return self.answered_by.sent if self.answered_by else 0.0
 
     @property
+    def queue_moved(self) -> bool:
+        """Whether the job that came back left a queue that is still there.
+
+        What is first seen after an outage may have been done before it: then it says nothing of the queue after it.
+        """
+        job, outage = self.answered_by, self.server.last_outage
+        return job is not None and (job.waited > outage or (not job.former and job.begun > outage))
+
+    @property
     def state(self) -> str:
         """In one or a few words, never empty."""
         if not self._alive:
@@ -119,13 +129,14 @@ class ClipJobs:
             self._send_again_if_silent()
         return None
 
-    def answered(self, sent: float) -> None:
-        """Another clip's job, sent at this time (seconds since 1970), came back; a model's jobs begin in their order.
+    def answered(self, other: ClipJobs) -> None:
+        """A job of another clip's came back; a model's jobs begin in their order.
 
-        From an earlier one it follows that the queue moves, and from a later one that this one is not in it.
+        From an earlier one it follows that the queue moves, if it was in it; from a later one, that this one is not.
         """
-        if sent < self.sent:
-            self._queue_moved_at = time.monotonic()
+        if other.sent_of_answer < self.sent:
+            if other.queue_moved:
+                self._queue_moved_at = time.monotonic()
         elif self.waiting and self.overtaken_at is None:
             self.overtaken_at = time.monotonic()
 
@@ -157,6 +168,8 @@ class ClipJobs:
             self._former_failed(job, failure)
             return None
         heard, now = (report.status, report.description), time.monotonic()
+        if report.status in WAITING:
+            job.waited = now
         if heard != job.heard:
             job.moved = job.moved or any(job.heard)
             job.heard, job.changed = heard, now
