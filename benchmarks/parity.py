@@ -4,8 +4,8 @@
 
 FOLDER holds one folder per model (desta2, desta25, qwen_audio) with `checkpoint_root/` (tiny weights in the published
 layout), `inputs/<audio>.wav`, `meta.json` (one case or several), and `outputs/<case>.npz` (`inputs_embeds`,
-`layer_00`..., `final_norm`, `logits` or `logits_last`, `input_ids`). Prints the largest difference of every tensor; exits
-with 1 if one exceeds 1e-4.
+`layer_00`..., `final_norm`, `logits` or `logits_last`, `input_ids`). Prints the largest difference of every tensor and
+exits with 1 if one exceeds 1e-4.
 """
 
 from __future__ import annotations
