@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,18 +139,19 @@ def load_records(settings: RunSettings, attribute: Attribute | None) -> list[Rec
 
 def _with_own_questions(settings: RunSettings) -> list[Record]:
     data, attr = settings.data, settings.attr
-    root, path = (None if place is None else Path(place).expanduser() for place in (data.root, data.path))
+    leave_out = data.bad_clips == "exclude"
+    root, path = (None if place is None else Path(os.path.expanduser(place)) for place in (data.root, data.path))
     if data.name == "clip":
         assert data.audio is not None  # composed settings have one
-        place = Path(data.audio).expanduser()
+        place = Path(os.path.expanduser(data.audio))
         return one_clip(place, attr.question or "", attr.options, attr.answer or "", attr.response)
     if data.name == "table":
         assert path is not None
-        return load_table(path, attr.response, root)
+        return load_table(path, attr.response, root, leave_out=leave_out)
     assert root is not None
     if data.name == "sakura_multi":
-        return load_sakura_multi(_attribute(settings), root)
-    return load_listed(data.name, root, attr.response, path)
+        return load_sakura_multi(_attribute(settings), root, leave_out=leave_out)
+    return load_listed(data.name, root, attr.response, path, leave_out=leave_out)
 
 
 def left_out(plan: RunPlan, max_seconds: float = math.inf) -> dict[str, LeftOut]:

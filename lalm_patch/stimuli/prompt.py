@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import string
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -17,6 +18,8 @@ from lalm_patch.errors import ConfigError
 
 PromptRole: TypeAlias = Literal["early", "object", "late"]
 OPTION_ORDERS = ("fixed", "shuffled")
+JOINERS = dict.fromkeys((0x200C, 0x200D, 0x200E, 0x200F))
+"""Signs that are not printed and belong to a text: of Persian and Hindi words, of emoji, of writing direction."""
 
 
 class PromptPart(NamedTuple):
@@ -141,6 +144,10 @@ def _digest(seed: int, sample_id: str, option: str) -> bytes:
     return hashlib.sha256("\0".join((str(seed), sample_id, option)).encode()).digest()
 
 
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text.translate(JOINERS)).casefold()
+
+
 def _check_text(text: object, field: str, where: str) -> None:
     if not isinstance(text, str):
         raise ConfigError(f"{where}: expected {field} to be text, got {text!r}; put it in quotes")
@@ -149,7 +156,7 @@ def _check_text(text: object, field: str, where: str) -> None:
             f"{where}: expected {field} to be text without spaces around it, got {text!r}; "
             "a space at the end of a prompt changes the answer's tokens"
         )
-    if not text.isprintable():
+    if not text.translate(JOINERS).isprintable():
         raise ConfigError(f"{where}: expected {field} on one line without control characters, got {text!r}")
 
 
@@ -161,8 +168,8 @@ def _checked_options(options: object, where: str) -> tuple[str, ...]:
         raise ConfigError(f"{where}: expected at least two options, got {list(checked)}")
     for option in checked:
         _check_text(option, "every option", where)
-    folded = [option.casefold() for option in checked]
-    twice = sorted({option for option in checked if folded.count(option.casefold()) > 1})
+    folded = [_folded(option) for option in checked]
+    twice = sorted({option for option in checked if folded.count(_folded(option)) > 1})
     if twice:
         raise ConfigError(f"{where}: expected options that differ in more than case, got {', '.join(twice)}")
     return checked

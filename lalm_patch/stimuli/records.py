@@ -44,14 +44,15 @@ class Record:
 
 
 def data_fingerprint(records: Iterable[Record]) -> str:
-    """SHA-256 (hex) over ids, labels, own questions and undecoded audio, the same for any order and any folder."""
+    """SHA-256 (hex) over ids, labels, own questions with tags, and undecoded audio; of no order or folder."""
     digest = hashlib.sha256()
     for record in sorted(records, key=lambda record: record.id):
         try:
             content = source_bytes(record.source, record.name)
         except AudioError as error:
             content = f"\0{error.kind}".encode()  # another data set than with the file
-        own = [] if record.prompt is None else [json.dumps(astuple(record.prompt)).encode()]
+        asked = record.prompt and (astuple(record.prompt), record.group, record.tags)
+        own = [] if asked is None else [json.dumps(asked).encode()]
         for part in (record.id.encode(), record.label.encode(), content, *own):
             # The length first: without it ("ab", "c") and ("a", "bc") would be one data set.
             digest.update(len(part).to_bytes(8, "big"))
