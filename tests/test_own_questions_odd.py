@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
-from lalm_patch.errors import DataError
+from lalm_patch.errors import ConfigError, DataError
+from lalm_patch.run import _as_file, trace_clip
 from lalm_patch.stimuli import Record, data_fingerprint, load_listed, load_table
 
 ROW: dict[str, Any] = {"audio": "a.wav", "question": "Q?", "options": ["dog", "cat"], "answer": "dog"}
@@ -116,3 +119,23 @@ def test_mmau_as_it_is_published_with_both_parts(tmp_path: Path) -> None:
     assert dict(record.tags) == {"difficulty": "3"}
     with pytest.raises(DataError, match="published without"):
         load_listed("mmau", tmp_path, "It is", tmp_path / "mmau-test.json")
+
+
+def test_the_same_samples_are_the_same_file_whenever_and_in_whatever_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = np.array([0, 16384, -32768], np.int16)
+    path = _as_file(samples, 16000, tmp_path)
+    before = path.read_bytes()
+    assert before[before.find(b"PEAK") + 12 :][:4] == bytes(4)  # no time of writing
+    assert soundfile.read(path)[0].tolist() == [0, 0.5, -1]
+    assert _as_file(samples / 32768, 16000, tmp_path) == path
+    assert path.read_bytes() == before
+    with pytest.raises(ConfigError, match="floats or signed integers"):
+        _as_file(np.array(["a"]), 16000, tmp_path)
+
+
+@pytest.mark.parametrize("odd", [{"question": None}, {"answer": 1}, {"options": "dog"}, {"options": [1, 2]}])
+def test_texts_of_one_clip_are_texts(odd: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="trace_clip: expected"):
+        trace_clip("a.wav", **{"question": "Q?", "options": ["a", "b"], "answer": "a", **odd})

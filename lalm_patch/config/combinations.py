@@ -88,6 +88,8 @@ def _check_attribute(settings: RunSettings) -> None:
         raise ConfigError(
             f"attr={attr.name} with data={data}: each clip has a question of its own; leave attr and attr.question out"
         )
+    if data in ("table", "mmau", "mmar") and attr.options:
+        raise ConfigError(f"attr.options={shown(attr.options)}: with data={data} each clip has options of its own")
     if data in OWN_QUESTIONS:
         return
     if not attr.question and not attr.options:

@@ -50,7 +50,8 @@ def trace_clip(
     """Trace one recording: which layer and token carries the answer to a question about it.
 
     Args:
-        audio: an audio file; or samples [samples] or [samples, channels], between -1 and 1.
+        audio: an audio file; or samples [samples] or [samples, channels], between -1 and 1, or
+            signed integers of full scale.
         question: what is asked.
         options: the answers to choose from, two at least.
         answer: the right one of them.
@@ -68,6 +69,11 @@ def trace_clip(
     """
     if isinstance(audio, np.ndarray) != (rate is not None):
         raise ConfigError("trace_clip: expected a file, or samples with their rate=..., got one without the other")
+    given = {"question": question, "answer": answer, "response": response}
+    if odd := [name for name, value in given.items() if not isinstance(value, str)]:
+        raise ConfigError(f"trace_clip: expected {odd[0]} to be text, got {given[odd[0]]!r}; put it in quotes")
+    if isinstance(options, str) or not all(isinstance(option, str) for option in options):
+        raise ConfigError(f"trace_clip: expected options as a list of texts, got {options!r}")
     asked = [
         f"model={model}",
         "data=clip",
@@ -86,13 +92,19 @@ def trace_clip(
 
 def _as_file(samples: np.ndarray, rate: int, outputs: Path) -> Path:
     """The samples as a WAV of floats beside the runs, named by what is in it: asked again, it is the same clip."""
-    values = np.ascontiguousarray(samples, np.float32)
+    if samples.dtype.kind not in "if":
+        raise ConfigError(f"trace_clip: expected samples that are floats or signed integers, got {samples.dtype}")
+    full_scale = -float(np.iinfo(samples.dtype).min) if samples.dtype.kind == "i" else 1.0
+    values = np.ascontiguousarray(samples / full_scale, np.float32)
     digest = hashlib.sha256(f"{rate}\0{values.shape}\0".encode() + values.tobytes()).hexdigest()
     folder = outputs / "recordings"
     path = folder / f"{digest[:16]}.wav"
     buffer = io.BytesIO()
     try:
         soundfile.write(buffer, values, rate, format="WAV", subtype="FLOAT")
+        content = bytearray(buffer.getvalue())
+        if (peak := content.find(b"PEAK", 0, 128)) >= 0:  # libsndfile writes the time there: another file every second
+            content[peak + 12 : peak + 16] = bytes(4)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
         raise ConfigError(
             f"trace_clip: expected samples [samples] or [samples, channels] and a rate in Hz, got shape {values.shape} "
@@ -100,7 +112,7 @@ def _as_file(samples: np.ndarray, rate: int, outputs: Path) -> Path:
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, buffer.getvalue())
+        replace_file(path, bytes(content))
     except OSError as error:
         raise storage_error(error, path, "keeping the samples") from error
     return path
