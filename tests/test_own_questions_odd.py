@@ -139,3 +139,32 @@ def test_the_same_samples_are_the_same_file_whenever_and_in_whatever_type(
 def test_texts_of_one_clip_are_texts(odd: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="trace_clip: expected"):
         trace_clip("a.wav", **{"question": "Q?", "options": ["a", "b"], "answer": "a", **odd})
+
+
+def test_a_path_from_the_root_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    first, second = (
+        load(tmp_path, {"audio": str(tmp_path / folder / "take.wav"), "id": folder}) for folder in ("", "one")
+    )
+    (unnamed,) = load(tmp_path, {"audio": str(tmp_path / "take.wav"), "id": ""})
+    assert unnamed.id == "take.wav"
+    assert unnamed.source == tmp_path / "take.wav"
+    assert str(tmp_path) not in unnamed.id + unnamed.group
+    assert first[0].group != second[0].group  # two recordings of one name
+
+
+def test_letters_that_clash_are_named_and_not_their_options() -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from lalm_patch.errors import ModelError
+    from lalm_patch.models.answers import answer_ids
+    from lalm_patch.models.family import Family
+    from lalm_patch.stimuli import Prompt
+
+    family = SimpleNamespace(
+        refuse_control_tokens=lambda _: None, text_ids=lambda *_, continuation="": [1, 2] if continuation else [1]
+    )
+    prompt = Prompt("Q", ("cow", "cat"), "It is", letters=True)
+    with pytest.raises(ModelError, match="a, b begin with the same token"):
+        answer_ids(cast(Family, family), lambda _: None, prompt, "chat", "bare", whole=False)

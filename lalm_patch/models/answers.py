@@ -39,8 +39,8 @@ def answer_ids(
     check_range([id for found in ids if found for id in found])
     if _distinct(ids):
         return tuple(found for found in ids if found is not None)
-    merged = [option for option, found in zip(prompt.options, ids, strict=True) if found is None]
-    clashing = [option for option, found in zip(prompt.options, ids, strict=True) if ids.count(found) > 1]
+    merged = [answer for answer, found in zip(prompt.answers, ids, strict=True) if found is None]
+    clashing = [answer for answer, found in zip(prompt.answers, ids, strict=True) if ids.count(found) > 1]
     if merged:
         problem = (
             f"{', '.join(merged)} merge with the response phrase {prompt.response!r} when tokenised and have no "

@@ -204,6 +204,15 @@ def unaskable(plan: RunPlan, outline: LALM, out: Collection[str]) -> dict[str, L
             questions.ask(record)
         except ModelError as error:
             found[record.id] = LeftOut(Exclusion.UNASKABLE, f"{record.id}: {error}")
+    if questions.whole and (nested := [record.id for record in own if _nested(record)]):
+        log.warning(
+            "%d of %d questions have an option that is the beginning of another (%s%s): whole, the longer one is never "
+            "more probable; prompt.options=letters treats them alike",
+            len(nested),
+            len(plan.records),
+            ", ".join(nested[:3]),
+            ", ..." if len(nested) > 3 else "",
+        )
     if not found:
         return {}
     named = "\n  ".join(clip.detail for clip in found.values())
@@ -216,6 +225,12 @@ def unaskable(plan: RunPlan, outline: LALM, out: Collection[str]) -> dict[str, L
         raise DataError(f"none of the {len(found)} questions can be asked:\n  {named}")
     log.warning("%d of %d clips are left out: %s", len(found), len(plan.records), Exclusion.UNASKABLE)
     return found
+
+
+def _nested(record: Record) -> bool:
+    """Whether one of a clip's own options is the beginning of another."""
+    options = () if record.prompt is None else record.prompt.options
+    return any(long != short and long.startswith(f"{short} ") for long in options for short in options)
 
 
 def _all_named(plan: RunPlan, errors: Sequence[AudioError]) -> str:

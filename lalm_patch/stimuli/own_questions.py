@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -162,8 +163,14 @@ def _record(row: Row, root: Path, response: str) -> Record:
         raise DataError(f"{where}: expected audio to be a file's path, got {audio!r}; correct the row")
     source = Path(os.path.expanduser(audio))  # not Path.expanduser: a file may be called ~take.wav
     source = source if source.is_absolute() else root / source
-    id = audio if _is_blank(row.id) else _text(row.id, "id", where)
-    group = audio if _is_blank(row.group) else _text(row.group, "group", where)
+    # Results travel: a path from the root of this machine is no name.
+    elsewhere = Path(os.path.expanduser(audio)).is_absolute()
+    named = Path(audio).name if elsewhere else audio
+    id = named if _is_blank(row.id) else _text(row.id, "id", where)
+    if not _is_blank(row.group):
+        group = _text(row.group, "group", where)
+    else:
+        group = f"{named} {hashlib.sha256(audio.encode()).hexdigest()[:8]}" if elsewhere else audio
     return Record(id, label, source, str(source), group, prompt=prompt, tags=row.tags)
 
 
