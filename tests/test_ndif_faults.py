@@ -186,9 +186,8 @@ def test_progress_always_says_something(
     monkeypatch.setattr(remote_tracing.Progress, "note", lambda self, text: notes.append(text))
     what = (*tiny, f"outputs={tmp_path}", *remote(server, "backend.retries=0"))
     server.control(hold=0)
-    stopped = in_background(
-        lambda: (wait_for(lambda: len(notes) > 1), server.control(page={"times": 99, "status": 502, "text": PAGE}))
-    )
+    page = {"times": 99, "status": 502, "text": PAGE}
+    stopped = in_background(lambda: (wait_for(lambda: len(notes) > 1), server.control(hold=0, page=page)))
     with pytest.raises(HostError):
         lalm_patch.trace(*what)
     stopped.join()

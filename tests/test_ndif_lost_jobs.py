@@ -44,9 +44,16 @@ def test_restart_with_the_store_kept(tiny: tuple[str, ...], computed_here: xr.Da
 
 @pytest.mark.parametrize("poll_seconds", [0.02, 1.5])
 def test_restart_under_a_client_that_stays(
-    poll_seconds: float, tiny: tuple[str, ...], computed_here: xr.Dataset, tmp_path: Path
+    poll_seconds: float,
+    tiny: tuple[str, ...],
+    computed_here: xr.Dataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Also one that asks so seldom that the answer that was there before the restart is first seen after it."""
+    """Also one that asks so seldom that the answer that was there before the restart is first seen after it.
+
+    The server is away until the client has noticed; of a shorter absence it knows nothing, and `stale_seconds` counts.
+    """
     first = Server()
     first.control(hold=1)
     begun: list[Server] = []
@@ -54,6 +61,7 @@ def test_restart_under_a_client_that_stays(
     def restart() -> None:
         wait_for(lambda: first.states.count("COMPLETED") == 1 and len(first.states) >= CLIPS)
         first.kill(keep_store=True)
+        wait_for(lambda: "cannot be reached" in caplog.text)
         begun.append(Server(first.port, first.store))
 
     helper = in_background(restart)
