@@ -25,10 +25,6 @@ SLURM = "hydra/launcher=lalm_patch_slurm"
     ],
 )
 def test_a_refused_sweep_leaves_nothing(given: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    if JOBLIB in given:
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    if SLURM in given:
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = commands.run(tmp_path, *commands.LALM_PATCH, "-m", "dry_run=true", "outputs=outputs", *given)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

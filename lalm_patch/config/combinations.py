@@ -98,7 +98,7 @@ def _check_attribute(settings: RunSettings) -> None:
         has = f"it has {len(attr.options)}" if attr.options else "it is empty"
         raise ConfigError(f"attr.options={shown(attr.options)}: expected a list of texts, at least 2; {has}")
     try:
-        Attribute(attr.name, attr.question or "", tuple(attr.options), attr.response, attr.folder)
+        Attribute(**vars(attr))
     except ConfigError as error:
         raise ConfigError(f"attr.options: {error}") from None
 

@@ -112,8 +112,7 @@ def attribute_of(settings: RunSettings) -> Attribute | None:
 
 
 def _attribute(settings: RunSettings) -> Attribute:
-    attr = settings.attr
-    return Attribute(attr.name, attr.question or "", tuple(attr.options), attr.response, attr.folder)
+    return Attribute(**vars(settings.attr))
 
 
 def load_records(settings: RunSettings, attribute: Attribute | None) -> list[Record]:
