@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -75,10 +76,17 @@ def test_passes_are_those_of_a_run(engine: str, monkeypatch: pytest.MonkeyPatch)
     attribute = GENDER
     record = load_records(settings, attribute)[0]
     tracer = Tracer(LALM.load(settings.model), attribute, settings)
-    completed: list[int] = []
-    tracer.lalm.decoder_module.register_forward_hook(lambda *_: completed.append(1))
+    called: list[int] = []
+    for number, layer in enumerate(tracer.lalm.decoder_module.layers):
+        layer.register_forward_hook(lambda *_, number=number: called.append(number))
+    whole: list[int] = []
+    tracer.lalm.decoder_module.register_forward_hook(lambda *_: whole.append(1))
     trace = tracer.trace(record, record.waveform(None), False, Progress(tracer.cells_per_sample, "test"))
-    assert len(completed) == int(re.findall(rf"{engine}: (\d+) forward passes per clip", page)[0])
+    passes = int(re.findall(rf"{engine}: (\d+) (?:forward passes|passes up the layers) per clip", page)[0])
+    if engine == "direct":
+        assert len(whole) == passes
+    else:  # replay calls layers: each pass goes up once
+        assert 1 + sum(after < before for before, after in itertools.pairwise(called)) == passes
     assert trace.arrays["patched_logsumexp"].size == int(re.findall(r"= (\d+) cells", page)[0])
 
 

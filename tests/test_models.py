@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tiny_models import save_tiny_qwen2_audio
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
+from lalm_patch.engine.base_runs import BaseRun, LayerView
 from lalm_patch.engine.choose import choose_engine, replay_obstacle
 from lalm_patch.errors import ConfigError, ModelError
-from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM, TokenTable, checkpoint
 from lalm_patch.models import family as family_module
 from lalm_patch.models.checkpoint import find_repository
@@ -164,13 +165,13 @@ def test_replay_that_gives_other_numbers_is_not_used(
 ) -> None:
     lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
     pair, ids = make_pair(lalm, prompt, "chat"), lalm.target_ids(prompt, "chat")
-    whole_run = ReplayEngine._whole_run
+    view = BaseRun.view
 
-    def disturbed(self: ReplayEngine, encoding: object, first: int, sites: set[Site], keep_keys: bool) -> object:
-        states, logits, prefix = whole_run(self, encoding, first, sites, keep_keys)  # type: ignore[arg-type]
-        return {site: [state * 1.5 for state in found] for site, found in states.items()}, logits, prefix
+    def disturbed(self: BaseRun, layer: int, mark: bool = False) -> LayerView:
+        seen = view(self, layer, mark)
+        return seen if self.keys else replace(seen, entering=seen.entering * 1.5)
 
-    monkeypatch.setattr(ReplayEngine, "_whole_run", disturbed)
+    monkeypatch.setattr(BaseRun, "view", disturbed)
     engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-9)
     assert isinstance(engine, DirectEngine)
 

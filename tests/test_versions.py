@@ -97,9 +97,9 @@ KNOWN = "query key value dropout_p is_causal attn_mask scale"
 
 @pytest.fixture
 def _kernel_asked_for_anew() -> Iterator[None]:
-    suffix_attention.cpu_kernel.cache_clear()
+    suffix_attention.fused_kernel.cache_clear()
     yield
-    suffix_attention.cpu_kernel.cache_clear()
+    suffix_attention.fused_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("_kernel_asked_for_anew")
@@ -118,8 +118,9 @@ def test_without_the_private_kernel_attention_is_the_plain_one(found: Any, monke
         assert torch.equal(got, wanted)
 
 
-def test_this_torch_has_the_kernel() -> None:
-    assert suffix_attention.cpu_kernel() is getattr(torch.ops.aten, KERNEL)
+def test_this_torch_has_the_kernels() -> None:
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32)):
+        assert suffix_attention.fused_kernel(device, dtype) is not None
 
 
 def test_the_page_names_the_oldest_version_that_is_allowed() -> None:

@@ -7,7 +7,7 @@ Ours share that signature, and what they refuse, here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,17 +84,24 @@ def register_attention(
     AttentionInterface.register(name, interface)
 
 
-@contextmanager
-def attention_in(decoder: nn.Module, name: str) -> Iterator[None]:
-    """Let the decoder's layers use an attention function, by its registered name, while the context is open."""
-    configs = {id(config): config for config in _attention_configs(decoder)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    for config in configs:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, implementation in before:
+class attention_in(AbstractContextManager[None]):
+    """Let a decoder's layers use an attention function, by its registered name, while the context is open.
+
+    Can be opened again and again.
+    """
+
+    def __init__(self, decoder: nn.Module, name: str) -> None:
+        self._name = name
+        self._configs = list({id(config): config for config in _attention_configs(decoder)}.values())
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        self._before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation = self._name
+
+    def __exit__(self, *_: object) -> None:
+        for config, implementation in zip(self._configs, self._before, strict=True):
             config._attn_implementation = implementation
 
 

@@ -63,9 +63,9 @@ def masks(lalm: LALM, cuts: Iterable[Cut], positions: int) -> Mapping[int, Tenso
 
 
 def blocked_edges(
-    cells: Sequence[Intervention], ends: Sequence[int], length: int, window_start: int, heads: int
-) -> dict[int, Blocked]:
-    """The cuts of packed suffixes, by layer.
+    cells: Sequence[Intervention], ends: Sequence[int], length: int, window_start: int, heads: int, layer: int
+) -> Blocked:
+    """The cuts of packed suffixes in one layer.
 
     Args:
         cells: one per suffix.
@@ -73,22 +73,20 @@ def blocked_edges(
         length: positions of a whole run.
         window_start: first position of the longest suffix.
         heads: attention heads.
+        layer: which layer.
     """
-    made: dict[int, Blocked] = {}
     window = length - window_start
-    for layer in sorted({cut.layer for cell in cells for cut in cell.cuts}):
-        depth = 1 if all(cut.head is None for cell in cells for cut in cell.cuts if cut.layer == layer) else heads
-        prefix = torch.zeros(depth, ends[-1], window_start, dtype=torch.bool)
-        inside = torch.zeros(depth, len(cells), window, window, dtype=torch.bool)
-        for row, (cell, end) in enumerate(zip(cells, ends, strict=True)):
-            for cut in cell.cuts:
-                if cut.layer != layer:
-                    continue
-                head = slice(None) if cut.head is None else slice(cut.head, cut.head + 1)
-                targets = torch.tensor(cut.targets)[:, None]
-                before = torch.tensor([source for source in cut.sources if source < window_start], dtype=torch.long)
-                after = torch.tensor([source for source in cut.sources if source >= window_start], dtype=torch.long)
-                prefix[head, end - length + targets, before] = True
-                inside[head, row, targets - window_start, after - window_start] = True
-        made[layer] = Blocked(prefix, inside)
-    return made
+    depth = 1 if all(cut.head is None for cell in cells for cut in cell.cuts if cut.layer == layer) else heads
+    prefix = torch.zeros(depth, ends[-1], window_start, dtype=torch.bool)
+    inside = torch.zeros(depth, len(cells), window, window, dtype=torch.bool)
+    for row, (cell, end) in enumerate(zip(cells, ends, strict=True)):
+        for cut in cell.cuts:
+            if cut.layer != layer:
+                continue
+            head = slice(None) if cut.head is None else slice(cut.head, cut.head + 1)
+            targets = torch.tensor(cut.targets)[:, None]
+            before = torch.tensor([source for source in cut.sources if source < window_start], dtype=torch.long)
+            after = torch.tensor([source for source in cut.sources if source >= window_start], dtype=torch.long)
+            prefix[head, end - length + targets, before] = True
+            inside[head, row, targets - window_start, after - window_start] = True
+    return Blocked(prefix, inside)

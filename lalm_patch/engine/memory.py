@@ -8,44 +8,77 @@ from typing import Any
 import torch
 from torch import nn
 
+from lalm_patch.engine.suffix_attention import fused_kernel
 from lalm_patch.models import LALM
 
 GIB = 2**30
 GPU_SHARE, CPU_SHARE = 0.5, 0.25
 """Parts of the free memory that packs take: on a CPU other programs want some too."""
+PACK_SHARE, STATES_SHARE, KEPT_SHARE = 0.5, 0.25, 0.25
+"""Parts of a budget: what happens inside a layer, the states of the cells on their way, base runs that are kept."""
+MOST_ROWS = 256
+"""Cells whose logits over the whole vocabulary are in memory at once."""
 ALLOCATOR_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def tokens_within(budget: float, lalm: LALM, positions: int) -> int:
-    """Suffix positions of one pack whose activations fit into a budget, at least 1.
+    """Suffix positions of one pack whose activations inside a layer fit into a pass's budget, at least 1.
 
     Args:
-        budget: bytes.
+        budget: bytes of the whole pass.
         lalm: the model.
         positions: length of a whole run, which attention scores grow with.
     """
-    return max(1, int(budget // bytes_per_token(lalm, positions)))
+    return max(1, int(PACK_SHARE * budget // bytes_per_token(lalm, positions)))
+
+
+def states_within(budget: float, lalm: LALM) -> int:
+    """Suffix positions whose states fit into a pass's budget of so many bytes, at least 1."""
+    return max(1, int(STATES_SHARE * budget // (lalm.dtype.itemsize * _config(lalm).hidden_size)))
+
+
+def rows_within(budget: float, lalm: LALM) -> int:
+    """Cells whose logits (with copies) fit into a pass's budget of so many bytes, at least 1."""
+    return max(1, min(MOST_ROWS, int(PACK_SHARE * budget // (3 * 4 * _config(lalm).vocab_size))))
 
 
 def bytes_per_token(lalm: LALM, positions: int) -> int:
-    """What one suffix position takes at most, an upper bound read off the decoder's shapes.
+    """What one suffix position takes inside a layer at most, an upper bound read off the decoder's shapes.
 
     Counted are the residual stream and its copies around a layer, the queries and what attention makes of them, the
-    inside of the MLP, scores where they are written out (everywhere but on a CPU), and a row of logits in case the
-    suffix is one position long.
+    inside of the MLP, and scores where they are written out.
     """
-    config: Any = lalm.decoder_module.config
+    config = _config(lalm)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     inside = max(
         getattr(config, "intermediate_size", None) or 0,
         (getattr(config, "moe_intermediate_size", None) or 0) * (getattr(config, "num_experts_per_tok", None) or 1),
     )
-    item = torch.finfo(lalm.dtype).bits // 8
-    states = item * (8 * config.hidden_size + 8 * heads * head_size + 4 * inside)
-    scores = 0 if lalm.device.type == "cpu" else 3 * 4 * heads * positions
-    logits = 3 * 4 * config.vocab_size
-    return int(states + scores + logits)
+    states = lalm.dtype.itemsize * (8 * config.hidden_size + 8 * heads * head_size + 4 * inside)
+    scores = 0 if fused_kernel(lalm.device.type, lalm.dtype) else 3 * 4 * heads * positions
+    return int(states + scores)
+
+
+def base_run_bytes(lalm: LALM, positions: int, first: int, sites: int, keys: bool) -> int:
+    """What a base run takes whose states are kept.
+
+    Args:
+        lalm: the model.
+        positions: of the run.
+        first: position from which on states are kept.
+        sites: sites inside each layer.
+        keys: whether keys and values are kept.
+    """
+    config = _config(lalm)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = (positions - first) * config.hidden_size * (1 + sites)
+    return int(lalm.num_layers * lalm.dtype.itemsize * (states + keys * 2 * heads * head_size * positions))
+
+
+def _config(lalm: LALM) -> Any:
+    return lalm.decoder_module.config
 
 
 def free_budget(decoder: nn.Module) -> float:

@@ -1,29 +1,50 @@
 """The replay engine: the direct engine's numbers with the shared work removed.
 
-Everything a patched run has in common with the corrupted run is taken from there: the audio tower, the layers below the
-first patched one, the positions before the first patched one (causal attention). What is left of each cell is a suffix
-of the sequence through the upper layers; the suffixes of all cells that start at the same layer go through together.
+Everything a patched run has in common with the run into which states are put is taken from there: the audio tower, the
+layers below the first patched one, the positions before the first patched one (causal attention). What is left of each
+cell is a suffix of the sequence through the upper layers.
+
+One pass goes up the layers. At each of them the two base runs are computed, then every cell that has started below,
+then the cells that start here begin as suffixes of the one base run with states of the other written in. So a layer's
+weights are used once per pass, and nothing of the base runs is kept beyond the layer in hand.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from lalm_patch.engine.cuts import blocked_edges, check_cuts
+from lalm_patch.engine.base_runs import (
+    INSIDE,
+    BaseRun,
+    KeyValue,
+    LayerInputs,
+    LayerView,
+    layer_inputs,
+    read_logits,
+)
+from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.interface import Progress, ignore_progress
-from lalm_patch.engine.memory import GIB, free_budget, is_out_of_memory, tokens_within
+from lalm_patch.engine.memory import (
+    GIB,
+    KEPT_SHARE,
+    base_run_bytes,
+    free_budget,
+    is_out_of_memory,
+    rows_within,
+    states_within,
+    tokens_within,
+)
+from lalm_patch.engine.packs import Pack, Write, arranged, on, started
 from lalm_patch.engine.readout import Readout
-from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
-from lalm_patch.engine.suffix_attention import Blocked, KeyValue, SuffixLayout, suffix_attention_in
+from lalm_patch.engine.sites import check_sites, columns, overwrite
+from lalm_patch.engine.suffix_attention import KeysAndValues, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid
 from lalm_patch.interventions.patches import Intervention, Site
@@ -33,46 +54,90 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _SourceRun:
-    """The run that states are taken from: states [positions from `first` on, width] of each site, layer by layer, and
-    logits [1, vocabulary]."""
+class Sweep:
+    """One clip's grid: what `Engine.sweep` is given, so that several clips can share a pass.
 
-    first: int
-    states: dict[Site, list[Tensor]]
-    logits: Tensor
+    Attributes:
+        source: the run that states are taken from.
+        target: the run into which they are put.
+        grid: the interventions.
+        option_ids: target tokens of the options.
+        progress: is told about the cells.
+    """
+
+    source: Encoding
+    target: Encoding
+    grid: Grid
+    option_ids: Sequence[int]
+    progress: Progress = ignore_progress
+
+
+@dataclass
+class _Clip:
+    """A sweep on its way: its base runs, the packs that have started, and what has come out at the top.
+
+    Attributes:
+        sweep: what was asked for.
+        source: the run that states are taken from.
+        target: the run into which they are put.
+        packs: cells that have started, with their states in the layer in hand.
+        top: what leaves the last layer at the last position, [cells, hidden], with the cells' indices.
+        work: positions times layers of all cells.
+        done: of these, what is computed.
+        told: cells that were reported.
+    """
+
+    sweep: Sweep
+    source: BaseRun
+    target: BaseRun
+    work: int
+    packs: list[Pack] = field(default_factory=list)
+    top: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    parts: list[tuple[Sequence[int], Readout]] = field(default_factory=list)
+    done: int = 0
+    told: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions of a whole run."""
+        return len(self.sweep.target.tokens)
+
+    @property
+    def cells(self) -> tuple[Intervention, ...]:
+        """The grid's cells."""
+        return self.sweep.grid.cells
+
+    def tell(self, work: int) -> None:
+        """Report cells in proportion to the work done: a pass finishes all of its cells at once."""
+        self.done += work
+        cells = len(self.cells) * self.done // self.work
+        if cells > self.told:
+            self.sweep.progress(cells - self.told)
+            self.told = cells
 
 
 @dataclass(frozen=True)
-class _TargetRun:
-    """The run into which they are put: what enters each layer and leaves the last one, [positions from `first` on,
-    hidden] each, the logits, and every layer's keys and values for all positions."""
+class _Part:
+    """What one pass computes of one clip.
 
-    first: int
-    entering: list[Tensor]
-    logits: Tensor
-    prefix: list[KeyValue]
+    Attributes:
+        clip: whose cells they are.
+        entering: indices of the cells that start at each layer.
+        source_top: the last layer that states are taken from, the number of layers for what leaves the last one.
+    """
 
-
-@dataclass(frozen=True)
-class _Pack:
-    """Cells that share a forward pass: all enter at `layer`, with their indices in the grid."""
-
-    layer: int
-    indices: tuple[int, ...]
-    cells: tuple[Intervention, ...]
-
-
-_Write = tuple[int, Site, slice, Tensor, Tensor]
-"""Layer, site, columns of the head, indices into the pack, states."""
+    clip: _Clip
+    entering: dict[int, list[int]]
+    source_top: int
 
 
 class ReplayEngine:
-    """Runs interventions of a grid in packs.
+    """Runs all interventions of a grid in one pass up the layers, or in as few as memory allows.
 
     Args:
         lalm: the model.
-        pack_tokens: most suffix positions in one pack; more needs memory, fewer needs more passes.
-        memory_budget: what a pack may take, in GiB; None: a share of the memory that is free when a sweep starts.
+        pack_tokens: most suffix positions that go through a layer together; more needs memory.
+        memory_budget: what a pass may take, in GiB; None: a share of the memory that is free when a sweep starts.
     """
 
     name = "replay"
@@ -81,15 +146,35 @@ class ReplayEngine:
         self.lalm = lalm
         self.pack_tokens = pack_tokens
         self.memory_budget = memory_budget
-        self._sites: set[Site] = {Site.RESID}
+        self._sites: set[Site] = set()
         self._first: int | None = None
-        self._source: tuple[Encoding, _SourceRun] | None = None
-        self._target: tuple[Encoding, _TargetRun] | None = None
+        self._runs: list[BaseRun] = []
+        self._suffixes = suffix_attention_in(lalm.decoder_module)
 
     def base(self, source: Encoding, target: Encoding, option_ids: Sequence[int]) -> Readout:
         """See `Engine.base`."""
-        logits = torch.cat([self._source_run(source).logits, self._target_run(target).logits])
-        return Readout.of(logits, option_ids, logits)
+        return self.bases([(source, target, option_ids)])[0]
+
+    def bases(self, pairs: Sequence[tuple[Encoding, Encoding, Sequence[int]]]) -> list[Readout]:
+        """As `base`, for several clips at once: they go up the layers together.
+
+        Their states are kept for the sweeps that follow, as far as memory allows it.
+        """
+        budget = self._budget() / len(pairs)
+        runs: list[BaseRun] = []
+        for source, target, _ in pairs:
+            runs += [self._run(source, False, budget, runs), self._run(target, True, budget, runs)]
+        self._runs = runs
+        for layer in range(self.lalm.num_layers + 1):
+            for run in runs:
+                if not run.known or run.layer:  # not one that a former clip had in common with these
+                    run.view(layer)
+        logits = []
+        for first, second in zip(runs[::2], runs[1::2], strict=True):
+            logits.append(torch.cat([first.logits(), second.logits()]))
+        for run in runs:
+            run.forget()
+        return [Readout.of(found, pair[2], found) for found, pair in zip(logits, pairs, strict=True)]
 
     def sweep(
         self,
@@ -100,214 +185,259 @@ class ReplayEngine:
         progress: Progress = ignore_progress,
     ) -> Readout:
         """See `Engine.sweep`; ModelError, too, if not even a single cell fits into memory."""
-        self._sites |= {patch.site for cell in grid.cells for patch in cell.patches}
-        if Site.TOWER in self._sites:
-            raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
-        check_sites(self.lalm, self._sites)
-        # States are kept from the first text position on, or from the first audio position that is patched.
-        earliest = min((cell.first_position for cell in grid.cells), default=len(target.tokens))
-        self._first = min(earliest, target.tokens.text_positions[0])
-        if any(cell.cuts for cell in grid.cells):
-            check_cuts(self.lalm)
-        source_run, target_run = self._source_run(source), self._target_run(target)
-        length = len(target.tokens)
-        budget = free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
-        tokens = min(self.pack_tokens, tokens_within(budget, self.lalm, length))
-        parts = []
-        waiting = list(self._packs(grid.cells, length, tokens))[::-1]
-        with suffix_attention_in(self.lalm.decoder_module):
-            while waiting:
-                pack = waiting.pop()
-                readout = self._attempt(pack, source_run, target_run, target, option_ids)
-                if readout is None:
-                    self._make_smaller(pack, waiting, length)
-                    continue
-                parts.append((pack.indices, readout))
-                progress(len(pack.indices))
-        return Readout.scatter(parts)
+        return self.sweeps([Sweep(source, target, grid, option_ids, progress)])[0]
 
-    def _attempt(
-        self,
-        pack: _Pack,
-        source_run: _SourceRun,
-        target_run: _TargetRun,
-        target: Encoding,
-        option_ids: Sequence[int],
-    ) -> Readout | None:
-        """A pack's readout, or None when memory does not suffice."""
-        try:
-            references = torch.cat([source_run.logits, target_run.logits])
-            return Readout.of(self._run_pack(pack, source_run, target_run, target), option_ids, references)
-        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            if not is_out_of_memory(error):
-                raise
-            if len(pack.cells) == 1:
-                raise ModelError(
-                    f"out of memory with a single cell of {len(target.tokens)} positions in a pack: {error}; "
-                    "use a device with more memory, a smaller model.dtype or shorter clips"
-                ) from error
-            return None
-
-    def _make_smaller(self, pack: _Pack, waiting: list[_Pack], length: int) -> None:
-        """Halve the size of packs after one did not fit: it and all that `waiting` holds (next one last) are cut."""
-        gc.collect()  # a failed trace leaves cycles behind that hold its tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        tokens = sum(length - cell.first_position for cell in pack.cells)
-        self.pack_tokens = max(1, min(self.pack_tokens, tokens) // 2)
-        log.warning(
-            "out of memory with %d positions in a pack: going on with %d (engine.pack_tokens=%d avoids the attempt)",
-            tokens,
-            self.pack_tokens,
-            self.pack_tokens,
-        )
-        waiting.append(pack)
-        pieces = [piece for other in reversed(waiting) for piece in self._cut(other, length, self.pack_tokens)]
-        waiting[:] = reversed(pieces)
+    def sweeps(self, sweeps: Sequence[Sweep]) -> list[Readout]:
+        """As `sweep`, for several clips at once: they share the passes up the layers."""
+        self._look_at(sweeps)
+        budget = self._budget()
+        clips = [self._clip(sweep) for sweep in sweeps]
+        plan = self._plan(clips, states_within(budget, self.lalm))
+        lowest = [min(layer for part in parts for layer in part.entering) for parts in plan]
+        for number, parts in enumerate(plan):
+            self._go_up(parts, lowest[number], set(lowest[number + 1 :]), budget)
+        for clip in clips:
+            clip.source.forget()
+            clip.target.forget()
+            clip.sweep.progress(len(clip.cells) - clip.told)
+        return [Readout.scatter(clip.parts) for clip in clips]
 
     # --- the two base runs -------------------------------------------------------------------------------------
 
-    def _source_run(self, source: Encoding) -> _SourceRun:
-        first = self._first_kept(source)
-        known = self._source is not None and self._source[0] is source and self._source[1].first <= first
-        if self._source is None or not known or not self._sites <= self._source[1].states.keys():
-            self._source = None  # the last clip's states go before this one's come
-            states, logits, _ = self._whole_run(source, first, self._sites, keep_keys=False)
-            self._source = source, _SourceRun(first, states, logits)
-        return self._source[1]
-
-    def _target_run(self, target: Encoding) -> _TargetRun:
-        # With silence the corrupted input depends on the prompt and the clip's length only: clips share it.
-        first = self._first_kept(target)
-        known = self._target is not None and self._target[0] is target and self._target[1].first <= first
-        if self._target is None or not known:
-            self._target = None
-            states, logits, prefix = self._whole_run(target, first, {Site.RESID}, keep_keys=True)
-            run = _TargetRun(first, [target.inputs_embeds[0, first:], *states[Site.RESID]], logits, prefix)
-            self._target = target, run
-        return self._target[1]
-
-    def _first_kept(self, encoding: Encoding) -> int:
-        """Position from which on a run's states are kept: before the first sweep, of the text alone."""
-        text = encoding.tokens.text_positions[0]
-        return text if self._first is None else min(text, self._first)
-
-    def _whole_run(
-        self, encoding: Encoding, first: int, sites: set[Site], keep_keys: bool
-    ) -> tuple[dict[Site, list[Tensor]], Tensor, list[KeyValue]]:
-        """States from a position on of some sites in each layer, logits of the last one, and keys and values of all."""
-        wanted = [site for site in Site if site in sites - {Site.EMBED}]
-        cache = DynamicCache(config=self.lalm.decoder_module.config) if keep_keys else None
-        kept = {} if cache is None else {self.lalm.cache_keyword: cache}
-        with (
-            torch.no_grad(),
-            self.lalm.decoder.trace(
-                inputs_embeds=encoding.inputs_embeds,
-                position_ids=encoding.position_ids,
-                use_cache=keep_keys,
-                **kept,
-            ),
-        ):
-            if Site.EMBED in sites:
-                entering = self.lalm.layers[0].input[0, first:].clone().save()
-            found = nnsight.save(
-                [[states_at(layer, site)[0, first:].clone() for site in wanted] for layer in self.lalm.layers]
-            )
-            last = self.lalm.norm.output[:, -1].clone().save()
-        prefix = [] if cache is None else [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        states = {site: [layer[k] for layer in found] for k, site in enumerate(wanted)}
-        if Site.EMBED in sites:
-            states[Site.EMBED] = [entering]
-        return states, self.lalm.logits(last), prefix
-
-    # --- packs -------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def count_passes(cls, cells: Sequence[Intervention], length: int, pack_tokens: int) -> int:
-        """Forward passes for the cells of a prompt of `length` positions, where memory allows the packs."""
-        return sum(1 for _ in cls._packs(cells, length, pack_tokens))
-
-    @classmethod
-    def _packs(cls, cells: Sequence[Intervention], length: int, tokens: int) -> Iterator[_Pack]:
-        """Group cells by the layer they enter at; within one, longest suffix first, cut at `tokens` positions."""
-        for layer in sorted({cell.entry_layer for cell in cells}):
-            chosen = [index for index, cell in enumerate(cells) if cell.entry_layer == layer]
-            chosen.sort(key=lambda index: cells[index].first_position)
-            yield from cls._cut(_Pack(layer, tuple(chosen), tuple(cells[i] for i in chosen)), length, tokens)
-
-    @staticmethod
-    def _cut(pack: _Pack, length: int, tokens: int) -> Iterator[_Pack]:
-        """A pack in pieces of at most `tokens` positions, each of at least one cell."""
-        start = total = 0
-        for end, cell in enumerate(pack.cells):
-            suffix = length - cell.first_position
-            if end > start and total + suffix > tokens:
-                yield _Pack(pack.layer, pack.indices[start:end], pack.cells[start:end])
-                start, total = end, 0
-            total += suffix
-        yield _Pack(pack.layer, pack.indices[start:], pack.cells[start:])
-
-    def _run_pack(self, pack: _Pack, source_run: _SourceRun, target_run: _TargetRun, target: Encoding) -> Tensor:
-        """Logits [cells, vocabulary] of a pack."""
-        # Everything the layers index with is made here, on its device: inside the loop nothing waits for the host.
-        length, entering = len(target.tokens), target_run.entering[pack.layer]
-        starts = torch.tensor([cell.first_position for cell in pack.cells])
-        ends = (length - starts).cumsum(0)
-        rows = torch.arange(len(starts)).repeat_interleave(length - starts)
-        positions = torch.arange(len(rows)) + (length - ends)[rows]
-        window_start = int(starts[0])
-        slots = rows * (length - window_start) + positions - window_start
-        cuts = blocked_edges(pack.cells, ends.tolist(), length, window_start, self.lalm.num_heads)
-        blocked = {
-            layer: Blocked(*(_on(part, target_run.prefix[layer][0].device) for part in (edges.prefix, edges.window)))
-            for layer, edges in cuts.items()
-        }
-        slots = _on(slots, entering.device)
-        suffixes = SuffixLayout(target_run.prefix, window_start, length, slots, len(starts), blocked)
-        writes = self._writes(
-            pack, ends.tolist(), source_run, [state.device for state in target_run.entering[1:]], length
+    def _look_at(self, sweeps: Sequence[Sweep]) -> None:
+        """Which states the sweeps need, and whether the model has them."""
+        cells = [cell for sweep in sweeps for cell in sweep.grid.cells]
+        sites = {patch.site for cell in cells for patch in cell.patches}
+        if Site.TOWER in sites:
+            raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
+        check_sites(self.lalm, sites)
+        if any(cell.cuts for cell in cells):
+            check_cuts(self.lalm)
+        # What enters a layer is seen anyway; inside a layer, and where several layers' outputs are replaced, it is not.
+        inside = {patch.site for cell in cells for patch in cell.patches if patch.layer >= cell.entry_layer}
+        self._sites |= inside & set(INSIDE)
+        # States are kept from the first text position on, or from the first audio position that is patched.
+        self._first = min(
+            [cell.first_position for cell in cells] + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
         )
-        entering = entering.index_select(0, _on(positions - target_run.first, entering.device))[None]
-        position_ids = target.position_ids[..., _on(positions, target.position_ids.device)]
-        lasts = _on(ends - 1, target_run.entering[-1].device)
 
-        layers: list[Any] = self.lalm.layers
-        with (
-            torch.no_grad(),
-            self.lalm.decoder.trace(
-                inputs_embeds=entering, position_ids=position_ids, use_cache=False, suffixes=suffixes
-            ),
-        ):
-            for index in range(pack.layer):
-                layers[index].skip(entering)
-            for index, site, head, where, states in writes:
-                overwrite(layers[index], site, head, where, states)
-            # Only the last positions go through the final norm.
-            self.lalm.norm.input = self.lalm.norm.input.index_select(1, lasts)
-            last = self.lalm.norm.output[0].clone().save()
-        return self.lalm.logits(last)
+    def _clip(self, sweep: Sweep) -> _Clip:
+        length = len(sweep.target.tokens)
+        source, target = self._run(sweep.source, False, 0), self._run(sweep.target, True, 0)
+        work = sum(
+            (self.lalm.num_layers + 1 - cell.entry_layer) * (length - cell.first_position) for cell in sweep.grid.cells
+        )
+        return _Clip(sweep, source, target, work)
 
-    def _writes(
-        self, pack: _Pack, ends: Sequence[int], source_run: _SourceRun, devices: Sequence[torch.device], length: int
-    ) -> list[_Write]:
-        """The patches of a pack, in the order in which the forward pass meets them; one write per place."""
-        places: dict[tuple[int, Site, int | None], tuple[list[int], list[int]]] = {}
-        patches = [(patch, end) for cell, end in zip(pack.cells, ends, strict=True) for patch in cell.patches]
-        for patch, end in sorted(patches, key=lambda pair: pair[0].moment[:3]):
-            where, positions = places.setdefault((patch.layer, patch.site, patch.head), ([], []))
-            where.extend(end - length + position for position in patch.positions)
-            positions.extend(position - source_run.first for position in patch.positions)
-        writes = []
-        for (layer, site, head), (where, positions) in places.items():
-            within, device = columns(self.lalm, head), devices[layer]
-            states = source_run.states[site][layer][:, within]
-            chosen = states.index_select(0, _on(torch.tensor(positions), states.device)).to(device)
-            writes.append((layer, site, within, _on(torch.tensor(where), device), chosen))
-        return writes
+    def _run(self, encoding: Encoding, keys: bool, budget: float, others: Sequence[BaseRun] = ()) -> BaseRun:
+        """A base run: a known one, where it serves; else a new one, which is kept if a budget has room for it."""
+        text = encoding.tokens.text_positions[0]
+        first = text if self._first is None else min(text, self._first)
+        sites: set[Site] = set() if keys else self._sites
+        for run in (*self._runs, *others):
+            if run.serves(encoding, first, sites, keys):
+                return run
+        size = base_run_bytes(self.lalm, len(encoding.tokens), first, len(sites), keys)
+        return BaseRun(self.lalm, encoding, first, sites, keys, keep=size <= KEPT_SHARE * budget)
+
+    # --- passes ------------------------------------------------------------------------------------------------
+
+    def _budget(self) -> float:
+        """Bytes a pass may take."""
+        return free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
+
+    def _plan(self, clips: Sequence[_Clip], most: int) -> list[list[_Part]]:
+        """The cells of each pass: those that start lowest first, as many as `most` positions hold."""
+        passes = []
+        for chosen in plan_passes([(clip.cells, clip.length) for clip in clips], self.lalm.num_layers, most):
+            parts = []
+            for number, indices in chosen.items():
+                clip, entering = clips[number], dict[int, list[int]]()
+                for index in indices:
+                    entering.setdefault(clip.cells[index].entry_layer, []).append(index)
+                patches = [patch for index in indices for patch in clip.cells[index].patches]
+                parts.append(_Part(clip, entering, max([0, *(patch.entry_layer for patch in patches)])))
+            passes.append(parts)
+        return passes
+
+    def _go_up(self, parts: Sequence[_Part], lowest: int, later: set[int], budget: float) -> None:
+        """One pass up the layers, from the lowest that a cell starts at; `later` passes start at those layers."""
+        tokens = tokens_within(budget, self.lalm, max(part.clip.length for part in parts))
+        for layer in range(lowest, self.lalm.num_layers + 1):
+            for part in parts:
+                clip = part.clip
+                target = clip.target.view(layer, layer in later)
+                source = None
+                if layer <= part.source_top or not clip.source.known:
+                    source = clip.source.view(layer, layer in later)
+                self._start(clip, part.entering.get(layer, []), layer, source, target)
+                if layer < self.lalm.num_layers:
+                    self._advance_all(clip, layer, source, target, tokens)
+        for part in parts:
+            self._read(part.clip, rows_within(budget, self.lalm))
+
+    def _start(self, clip: _Clip, indices: list[int], layer: int, source: LayerView | None, target: LayerView) -> None:
+        """Let cells begin at a layer; those above the last one are there already."""
+        if not indices:
+            return
+        indices = sorted(indices, key=lambda index: clip.cells[index].first_position)
+        cells = [clip.cells[index] for index in indices]
+        pack = started(Pack.of(cells, indices, clip.length), layer, source, target)
+        if layer == self.lalm.num_layers:
+            clip.top.append((pack.indices, pack.states[0].index_select(0, pack.lasts)))
+            clip.tell(pack.tokens)
+        else:
+            clip.packs.append(pack)
+
+    def _advance_all(self, clip: _Clip, layer: int, source: LayerView | None, target: LayerView, tokens: int) -> None:
+        """Take all packs of a clip through one layer."""
+        waiting = arranged(clip.packs, min(self.pack_tokens, tokens))[::-1]
+        clip.packs = []
+        while waiting:
+            pack = waiting.pop()
+            try:
+                if layer == self.lalm.num_layers - 1:
+                    clip.top.append((pack.indices, self._last_layer(clip, pack, source, target)))
+                else:
+                    clip.packs.append(self._advance(clip, pack, layer, source, target))
+            except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
+                if not is_out_of_memory(error):
+                    raise
+                self._make_smaller(pack, clip, error)
+                waiting = [piece for other in waiting for piece in reversed(other.cut(self.pack_tokens))]
+                waiting += reversed(pack.cut(self.pack_tokens))
+            else:
+                clip.tell(pack.tokens * (2 if layer == self.lalm.num_layers - 1 else 1))
+
+    def _make_smaller(self, pack: Pack, clip: _Clip, error: BaseException) -> None:
+        """Halve the size of packs after one did not fit."""
+        if len(pack.cells) == 1:
+            raise ModelError(
+                f"out of memory with a single cell of {clip.length} positions in a pack: {error}; "
+                "use a device with more memory, a smaller model.dtype or shorter clips"
+            ) from error
+        gc.collect()  # a failed trace leaves cycles behind that hold its tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.pack_tokens = max(1, min(self.pack_tokens, pack.tokens) // 2)
+        log.warning(
+            "out of memory with %d positions in a pack: going on with %d (engine.pack_tokens=%d avoids the attempt)",
+            pack.tokens,
+            self.pack_tokens,
+            self.pack_tokens,
+        )
+
+    # --- a pack in a layer -------------------------------------------------------------------------------------
+
+    def _advance(self, clip: _Clip, pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
+        """A pack after one layer."""
+        layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
+        writes = self._prepared(pack.writes(layer), source, pack.states.device)
+        if pack.inputs is None:
+            pack.inputs = self._inputs(pack.positions, clip.sweep.target)
+        pack.states = self._call(layer, pack.states, pack.inputs, layout, writes)
+        return pack
+
+    def _last_layer(self, clip: _Clip, pack: Pack, source: LayerView | None, target: LayerView) -> Tensor:
+        """What leaves the last layer at the last position of each cell, [cells, hidden].
+
+        Only the last position is read, so of the others keys and values are computed alone.
+        """
+        layer, rows = self.lalm.num_layers - 1, len(pack.cells)
+        layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
+        if pack.tokens > rows:
+            if pack.inputs is None:
+                pack.inputs = self._inputs(pack.positions, clip.sweep.target)
+            own = self._keys_and_values(layer, pack.states, pack.inputs, replace(layout, collect=True))
+            layout = layout.last_positions(own, pack.lasts)
+        states = pack.states.index_select(1, pack.lasts)
+        inputs = self._inputs(torch.full((rows,), clip.length - 1), clip.sweep.target)
+        writes = self._prepared(pack.last_writes(layer), source, states.device)
+        return self._call(layer, states, inputs, layout, writes)[0]
+
+    def _inputs(self, positions: Tensor, target: Encoding) -> LayerInputs:
+        """What the decoder hands its layers for tokens at some positions."""
+        ids = target.position_ids[..., on(positions, target.position_ids.device)]
+        embeds = target.inputs_embeds[:, :1].expand(-1, len(positions), -1)  # of their number alone is made use
+        with self._suffixes:
+            return layer_inputs(self.lalm, embeds, ids, use_cache=False)
+
+    def _keys_and_values(self, layer: int, states: Tensor, inputs: LayerInputs, layout: SuffixLayout) -> KeyValue:
+        try:
+            self._call(layer, states, inputs, layout, [])
+        except KeysAndValues as known:
+            return known.found
+        raise ModelError(f"layer {layer} did not call its attention; use engine=direct")
+
+    def _call(
+        self, layer: int, states: Tensor, inputs: LayerInputs, layout: SuffixLayout, writes: Sequence[_Put]
+    ) -> Tensor:
+        """States [1, tokens, hidden] after a layer, with states put in on the way."""
+        keywords = inputs.keywords | {"suffixes": layout}
+        wrapped: Any = self.lalm.layers[layer]
+        with torch.no_grad(), self._suffixes:
+            if not writes:  # nothing to intervene in
+                module: Any = self._modules[layer]
+                leaving: Tensor = module(states, *inputs.rest, **keywords)
+                return leaving
+            with wrapped.trace(states, *inputs.rest, **keywords):
+                for site, within, where, chosen in writes:
+                    overwrite(wrapped, site, within, where, chosen)
+                out = wrapped.output.save()
+        return torch.as_tensor(out)
+
+    @property
+    def _modules(self) -> Any:
+        decoder: Any = self.lalm.decoder_module
+        return decoder.layers
+
+    def _prepared(self, writes: Sequence[Write], source: LayerView | None, device: torch.device) -> list[_Put]:
+        """Writes with the states they put in place, everything on the layer's device."""
+        made = []
+        for write in writes:
+            assert source is not None
+            within, states = columns(self.lalm, write.head), source.states[write.site]
+            chosen = states[:, within].index_select(0, on(write.positions - source.first, states.device))
+            made.append((write.site, within, on(write.where, device), chosen.to(device)))
+        return made
+
+    def _read(self, clip: _Clip, rows: int) -> None:
+        """Logits of what has come out at the top."""
+        references = torch.cat([clip.source.logits(), clip.target.logits()])
+        for indices, states in clip.top:
+            for start in range(0, len(indices), rows):
+                logits = read_logits(self.lalm, states[start : start + rows])
+                part = Readout.of(logits, clip.sweep.option_ids, references)
+                clip.parts.append((indices[start : start + rows], part))
+        clip.top = []
 
 
-def _on(indices: Tensor, device: torch.device) -> Tensor:
-    """Indices made on the host, on a device; to a GPU from pinned memory, so that the host does not wait."""
-    if device.type != "cuda":
-        return indices.to(device)
-    return indices.pin_memory().to(device, non_blocking=True)
+_Put = tuple[Site, slice, Tensor, Tensor]
+"""Site, columns of the head, tokens of the pack, states."""
+
+
+def plan_passes(
+    clips: Sequence[tuple[Sequence[Intervention], int]], num_layers: int, most: int
+) -> list[dict[int, list[int]]]:
+    """Which cells go up together: indices of the cells of each pass, by clip; those that start lowest come first.
+
+    Args:
+        clips: cells, and the positions of a whole run, of each clip.
+        num_layers: decoder layers.
+        most: suffix positions of one pass; a pass has one cell at least.
+    """
+    waiting = sorted(
+        (cell.entry_layer, number, cell.first_position, index)
+        for number, (cells, _) in enumerate(clips)
+        for index, cell in enumerate(cells)
+    )
+    passes: list[dict[int, list[int]]] = []
+    held = 0
+    for entry, number, first, index in waiting:
+        size = 1 if entry == num_layers else clips[number][1] - first
+        if not passes or held + size > most:
+            passes.append({})
+            held = 0
+        passes[-1].setdefault(number, []).append(index)
+        held += size
+    return passes

@@ -16,9 +16,9 @@ parts are ordinary attentions with a softmax of their own; their log-sum-exps sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,11 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from lalm_patch.engine.attention import AttentionInputs, attention_in, register_attention
+from lalm_patch.engine.base_runs import KeyValue
 
 ATTENTION_NAME = "lalm_patch_suffixes"
-
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values of one layer: each [key-value heads, positions, head size], positions already rotated in."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +46,57 @@ class Blocked:
 
 @dataclass(frozen=True)
 class SuffixLayout:
-    """Where each token of a pack stands.
+    """Where each token of a pack stands, in one layer.
 
     Attributes:
-        prefix: keys and values of the corrupted run, by layer.
+        prefix: keys and values of the run that the suffixes continue, in this layer.
         window_start: first position of the longest suffix in the pack.
         length: number of positions of a whole run.
         slots: [tokens] int64, where a token stands in the table of windows: its suffix times the window's length, plus
             its position counted from `window_start`.
         num_rows: number of suffixes.
-        blocked: edges that are cut, by layer.
+        blocked: edges that are cut in this layer.
+        collect: the layer is called for its keys and values alone, see `KeysAndValues`.
+        own: keys and values of all the pack's tokens, where the queries are the suffixes' last positions alone.
     """
 
-    prefix: Sequence[KeyValue]
+    prefix: KeyValue
     window_start: int
     length: int
     slots: Tensor
     num_rows: int
-    blocked: Mapping[int, Blocked] = field(default_factory=dict)
-    _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
+    blocked: Blocked | None = None
+    collect: bool = False
+    own: KeyValue | None = None
 
     @property
     def window(self) -> int:
         """Positions in the window."""
         return self.length - self.window_start
 
-    def slots_on(self, device: torch.device) -> Tensor:
-        """`slots` on a layer's device; copied once per pack, not once per layer."""
-        if device not in self._slots_on:
-            self._slots_on[device] = self.slots.to(device)
-        return self._slots_on[device]
+    def last_positions(self, own: KeyValue, lasts: Tensor) -> SuffixLayout:
+        """The layout of the suffixes' last positions alone.
+
+        Args:
+            own: keys and values of all tokens.
+            lasts: which tokens they are.
+        """
+        cut = self.blocked
+        if cut is not None:
+            cut = Blocked(cut.prefix.index_select(1, lasts), cut.window[:, :, -1:])
+        return replace(self, own=own, blocked=cut)
+
+
+class KeysAndValues(Exception):
+    """Ends a layer's forward pass when its keys and values are known: nobody reads what would come after them.
+
+    Attributes:
+        found: keys and values of all tokens.
+    """
+
+    def __init__(self, found: KeyValue) -> None:
+        super().__init__("keys and values are known")
+        self.found = found
 
 
 def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
@@ -86,30 +105,38 @@ def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
     Args:
         inputs: of the pack, a batch of one.
         suffixes: the pack's layout: it says who sees whom.
+
+    Raises:
+        KeysAndValues: they were all that was asked for.
     """
-    query, key, value, scale, layer = inputs.query, inputs.key, inputs.value, inputs.scale, inputs.layer
+    if suffixes.collect:
+        raise KeysAndValues((inputs.key[0], inputs.value[0]))
+    query, scale = inputs.query, inputs.scale
     _, heads, tokens, size = query.shape
-    groups, rows, window = key.shape[1], suffixes.num_rows, suffixes.window
+    key, value = (inputs.key[0], inputs.value[0]) if suffixes.own is None else suffixes.own
+    groups, rows, window = key.shape[0], suffixes.num_rows, suffixes.window
     share = heads // groups
-    slots = suffixes.slots_on(query.device)
-    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix[layer])
+    slots = suffixes.slots
+    prefix_keys, prefix_values = (states.to(query.device) for states in suffixes.prefix)
     value_size = value.shape[-1]
     # Key-value heads are the batch, the query heads that share one are the heads: keys are never repeated.
     queries = query.view(groups, share, tokens, size)
 
-    cut = suffixes.blocked.get(layer)
-    own_queries = query.new_zeros(groups, rows * window, share, size)
-    own_queries.index_copy_(1, slots, queries.transpose(1, 2))
-    own_out, own_total = attend(
-        own_queries.view(groups * rows, window, share, size).transpose(1, 2),
-        _window_table(prefix_keys, key[0], suffixes, slots),
-        _window_table(prefix_values, value[0], suffixes, slots),
-        scale,
-        causal=True,
-        blocked=None if cut is None else _for_groups(cut.window, groups, share).flatten(0, 1),
-    )
-    own_out = own_out.transpose(1, 2).reshape(groups, rows * window, share, value_size).index_select(1, slots)
-    own_total = own_total.transpose(1, 2).reshape(groups, rows * window, share).index_select(1, slots)
+    cut = suffixes.blocked
+    keys, values = _window_table(prefix_keys, key, suffixes), _window_table(prefix_values, value, suffixes)
+    hidden = None if cut is None else _for_groups(cut.window, groups, share).flatten(0, 1)
+    if suffixes.own is None:
+        own_queries = query.new_zeros(groups, rows * window, share, size)
+        own_queries.index_copy_(1, slots, queries.transpose(1, 2))
+        own_queries = own_queries.view(groups * rows, window, share, size).transpose(1, 2)
+        own_out, own_total = attend(own_queries, keys, values, scale, causal=True, blocked=hidden)
+        own_out = own_out.transpose(1, 2).reshape(groups, rows * window, share, value_size).index_select(1, slots)
+        own_total = own_total.transpose(1, 2).reshape(groups, rows * window, share).index_select(1, slots)
+    else:  # one query a row, the last position: it sees the whole window
+        own_queries = queries.transpose(1, 2).reshape(groups * rows, 1, share, size).transpose(1, 2)
+        own_out, own_total = attend(own_queries, keys, values, scale, blocked=hidden)
+        own_out = own_out.reshape(groups, rows, share, value_size)
+        own_total = own_total.reshape(groups, rows, share)
     if suffixes.window_start:
         out, total = attend(
             queries,
@@ -149,30 +176,70 @@ def attend(
     Returns:
         [batch, heads, queries, head size] in the query's type, and [batch, heads, queries] in float32.
     """
-    fused = cpu_kernel()
-    if fused and query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and blocked is None:
-        shape = (-1, query.shape[1], -1, -1)
-        out, total = fused(query, key[:, None].expand(shape), value[:, None].expand(shape), 0.0, causal, scale=scale)
-        return out, total
+    size = query.shape[-1]
+    # Kernels of a GPU want heads of a multiple of eight.
+    if blocked is None and size == value.shape[-1] and (query.device.type == "cpu" or size % 8 == 0):
+        kernel = fused_kernel(query.device.type, query.dtype)
+        if kernel is not None:
+            shape = (-1, query.shape[1], -1, -1)
+            return kernel(query, key[:, None].expand(shape), value[:, None].expand(shape), causal, scale)
     return attend_plainly(query, key, value, scale, causal, blocked)
 
 
-KERNEL_ARGUMENTS = ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale")
-KERNEL_RETURNS = ("output", "logsumexp")
+Kernel = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+"""Query, key, value (all [batch, heads, positions, size]), causal, scale: output and log-sum-exp."""
 
 
 @cache
-def cpu_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+def fused_kernel(device: str, dtype: torch.dtype) -> Kernel | None:
     """The kernel behind `scaled_dot_product_attention`, which keeps the log-sum-exp to itself.
 
-    Private to torch, so it may change from one version to the next: None where it is not as it is used here.
+    Private to torch, so it may change from one version to the next: None where it is not as it is used here, and on
+    devices without one.
     """
-    kernel: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device == "cpu":
+        return _known(
+            "_scaled_dot_product_flash_attention_for_cpu",
+            ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"),
+            ("output", "logsumexp"),
+            lambda kernel, q, k, v, causal, scale: kernel(q, k, v, 0.0, causal, scale=scale),
+        )
+    if device == "cuda" and half:
+        return _known(
+            "_scaled_dot_product_flash_attention",
+            ("query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"),
+            ("output", "logsumexp"),
+            lambda kernel, q, k, v, causal, scale: kernel(q, k, v, 0.0, causal, False, scale=scale),
+        )
+    if device == "cuda" and dtype == torch.float32:
+        return _known(
+            "_scaled_dot_product_efficient_attention",
+            ("query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"),
+            ("output", "log_sumexp"),
+            lambda kernel, q, k, v, causal, scale: kernel(q, k, v, None, True, 0.0, causal, scale=scale),
+        )
+    return None
+
+
+def _known(
+    name: str, arguments: tuple[str, ...], returns: tuple[str, ...], call: Callable[..., Sequence[Tensor]]
+) -> Kernel | None:
+    """A kernel of torch, if its arguments and the first of what it returns are called as they were."""
+    kernel: Any = getattr(torch.ops.aten, name, None)
     if kernel is None:
         return None
     schema = kernel.default._schema
-    known = tuple(part.name for part in schema.arguments), tuple(part.name for part in schema.returns)
-    return kernel if known == (KERNEL_ARGUMENTS, KERNEL_RETURNS) else None
+    if tuple(part.name for part in schema.arguments) != arguments:
+        return None
+    if tuple(part.name for part in schema.returns)[: len(returns)] != returns:
+        return None
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, total, *_ = call(kernel, query, key, value, causal, scale)
+        return out, total[..., : query.shape[2]]  # some kernels pad it
+
+    return attention
 
 
 def attend_plainly(
@@ -195,14 +262,14 @@ def attend_plainly(
     return torch.bmm(weights.view(batch, heads * queries, keys), value).view(batch, heads, queries, -1), total
 
 
-def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout, slots: Tensor) -> Tensor:
+def _window_table(prefix: Tensor, own: Tensor, suffixes: SuffixLayout) -> Tensor:
     """Keys (or values) inside the window for every suffix: [groups * suffixes, window, size]."""
     groups, _, size = prefix.shape
     corrupted = prefix[:, None, suffixes.window_start : suffixes.length]
     table = corrupted.expand(-1, suffixes.num_rows, -1, -1).reshape(groups, -1, size).contiguous()
     if suffixes.num_rows == 1:
         table = table.clone()  # one row is a view of the prefix, which must stay
-    table.index_copy_(1, slots, own)
+    table.index_copy_(1, suffixes.slots, own)
     return table.view(groups * suffixes.num_rows, suffixes.window, size)
 
 

@@ -17,11 +17,19 @@ import torch
 from torch import nn
 
 from lalm_patch.checks import STATEMENTS
-from lalm_patch.engine import ReplayEngine
 from lalm_patch.engine.approximate import check_relevance
 from lalm_patch.engine.choose import replay_obstacle
 from lalm_patch.engine.cuts import check_cuts
-from lalm_patch.engine.memory import bytes_per_token
+from lalm_patch.engine.memory import (
+    GIB,
+    KEPT_SHARE,
+    base_run_bytes,
+    bytes_per_token,
+    free_budget,
+    states_within,
+    tokens_within,
+)
+from lalm_patch.engine.replay import plan_passes
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
 from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
@@ -43,12 +51,13 @@ class Cost:
     """Estimates for one clip.
 
     Attributes:
-        passes: forward passes, the clean and the corrupted run among them.
+        passes: forward passes, the clean and the corrupted run among them; by replay, passes up the layers: one for
+            these two runs, and those of the cells.
         backward: backward passes, of an approximation.
         positions: positions that go through decoder layers, summed over layers and passes.
         seconds: at the speed of matrix products on this device.
         weights: bytes of the model's parameters.
-        working: bytes of the largest pack: states, keys and values, logits.
+        working: bytes beside the weights, at most: states of cells and base runs, the inside of a layer, logits.
     """
 
     passes: int
@@ -104,6 +113,7 @@ def describe_run(
     if there:
         rows = max(1, settings.engine.pack_tokens // len(tokens))
         engine = f"ndif, on a server: one request per clip, its cells in passes of {rows} rows; otherwise as direct"
+    unit = "passes up the layers" if replay and not approximate else "forward passes"
     total = f"; all clips {_duration(cost.seconds * len(records))}" if isinstance(records, list) else ""
     lines = [
         f"model    {settings.model.name}: {lalm.id} ({lalm.commit}), {type(lalm.module).__name__}, {lalm.num_layers} "
@@ -117,9 +127,9 @@ def describe_run(
         f"grid     {settings.granularity.name}: {' x '.join(map(str, grid.shape))} = {len(grid.cells)} cells per clip; "
         f"site {settings.site.name}, {settings.direction.name}"
         + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
-        f"engine   {engine}: {cost.passes} forward passes per clip, clean and corrupted run included",
+        f"engine   {engine}: {cost.passes} {unit} per clip, clean and corrupted run included",
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
-        f"{cost.working / _GIGA:.2f} GB for the largest pack",
+        f"{cost.working / _GIGA:.2f} GB beside them",
         f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on "
         f"{device_name(settings.model)})",
         "checks   " + "\n         ".join(f"{name}: {STATEMENTS[name]}" for name in STATEMENTS),
@@ -154,21 +164,26 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         first = min([first, *(cell.first_position for cell in cells)])
         suffixes = [(cell.entry_layer, length - cell.first_position) for cell in cells]
         positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
-        passes = 2 + ReplayEngine.count_passes(cells, length, settings.engine.pack_tokens)
-        pack = min(settings.engine.pack_tokens, sum(suffix for _, suffix in suffixes))
+        given = settings.engine.memory_budget
+        budget = free_budget(lalm.decoder_module) if given is None else given * GIB
+        total = sum(suffix for _, suffix in suffixes)
+        passes = 1 + len(plan_passes([(cells, length)], layers, states_within(budget, lalm)))
+        pack = min(settings.engine.pack_tokens, tokens_within(budget, lalm, length), total)
+        going_up = min(total, states_within(budget, lalm))
+        kept = [base_run_bytes(lalm, length, first, sites, keys) for sites, keys in ((0, True), (1, False))]
+        if max(kept) > KEPT_SHARE * budget:  # then they are computed once more, along with the cells
+            positions += 2 * layers * length
+            kept = [size // layers for size in kept]
+        working = sum(kept) + 2 * going_up * item * config.hidden_size + pack * bytes_per_token(lalm, length)
     else:
         passes = 3 + len(cells)  # the clean run once more, for its states
         positions = passes * layers * length
-        pack = length
+        working = length * bytes_per_token(lalm, length)
     if backward:  # both runs' states, every point's own pass; a backward pass costs two forward ones
         passes += 2 + points
         positions += (2 + points + 2 * backward) * layers * length
     attention = 4 * length * config.hidden_size
     operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    kept = layers * (2 * key_width * length + 2 * config.hidden_size * (length - first))
-    working = pack * bytes_per_token(lalm, length) + item * kept
     return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward)
 
 
