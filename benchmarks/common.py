@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
+    PreTrainedModel,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     VoxtralConfig,
@@ -80,7 +82,8 @@ class RandomLALM(LALM):
         ids = [5] * PRE + [AUDIO_TOKEN] * audio + list(range(100, 100 + text))
         roles = ["pre"] * PRE + ["audio"] * audio + ["late"] * (text - 1) + ["last"]
         tokens = TokenTable(tuple(ids), tuple(map(str, ids)), tuple(roles))
-        return self.embed(tokens, {"input_ids": torch.tensor([ids]), **self.features(audio, seed)})
+        inputs = {"input_ids": torch.tensor([ids]), **self.features(audio, seed)}
+        return self.embed(tokens, {name: value.to(self.device) for name, value in inputs.items()})
 
     def features(self, audio: int, seed: int) -> dict[str, torch.Tensor]:
         """Log-mel inputs of the audio encoder."""
@@ -128,6 +131,69 @@ class RandomQwen2Audio(RandomLALM):
         return {"input_features": features, "feature_attention_mask": mask}
 
 
+class PublishedVoxtral(RandomVoxtral):
+    """The shape of Voxtral-Mini-3B-2507, made on a device."""
+
+    def __init__(self, dtype: torch.dtype, device: str, small: bool = False) -> None:
+        decoder = published_decoder("llama", layers=30, hidden=3072, inside=8192, key_value_heads=8, words=131072)
+        config = VoxtralConfig(
+            audio_config=published_encoder(
+                "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", small
+            ),
+            text_config=decoder | (SMALL if small else {}),
+            audio_token_id=AUDIO_TOKEN,
+        )
+        RandomLALM.__init__(self, made_on(device, dtype, VoxtralForConditionalGeneration, config), IdsOnly(None))
+
+
+class PublishedQwen2Audio(RandomQwen2Audio):
+    """The shape of Qwen2-Audio-7B-Instruct, made on a device."""
+
+    def __init__(self, dtype: torch.dtype, device: str, small: bool = False) -> None:
+        decoder = published_decoder("qwen2", layers=32, hidden=4096, inside=11008, key_value_heads=32, words=156032)
+        config = Qwen2AudioConfig(
+            audio_config=published_encoder(
+                "d_model", "encoder_ffn_dim", "encoder_attention_heads", "encoder_layers", small
+            ),
+            text_config=decoder | (SMALL if small else {}),
+            audio_token_index=AUDIO_TOKEN,
+        )
+        RandomLALM.__init__(self, made_on(device, dtype, Qwen2AudioForConditionalGeneration, config), IdsOnly(None))
+
+
+SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "head_dim": 8, "vocab_size": 1000}
+"""What is smaller where a published shape is only tried."""
+
+
+def published_decoder(
+    kind: str, *, layers: int, hidden: int, inside: int, key_value_heads: int, words: int
+) -> dict[str, object]:
+    """Sizes of a decoder with heads of 128 columns, 32 of them."""
+    return _decoder(kind, layers, hidden, key_value_heads) | {
+        "intermediate_size": inside,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "vocab_size": words,
+    }
+
+
+def published_encoder(hidden: str, inside: str, heads: str, layers: str, small: bool) -> dict[str, object]:
+    """Sizes of Whisper large's encoder, by the names a model's configuration has for them."""
+    return dict(zip((hidden, inside, heads, layers), (64, 256, 4, 2) if small else (1280, 5120, 20, 32), strict=True))
+
+
+def made_on(device: str, dtype: torch.dtype, model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model with random weights that are made where they stay."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return model_class(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _decoder(kind: str, layers: int, hidden: int, key_value_heads: int) -> dict[str, object]:
     return {
         "model_type": kind,
@@ -172,12 +238,13 @@ def machine(options: argparse.Namespace) -> str:
     """What the numbers were measured on."""
     packages = ("torch", "transformers", "nnsight", "pyvene", "transformer-lens")
     versions = ", ".join(f"{name} {found}" for name in packages if (found := _version(name)))
+    dtype = "" if hasattr(options, "dtype") else "; float32"
     kind = platform.processor() or platform.machine()
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             kind = line.split(":")[1].strip()
             break
-    return f"{time.strftime('%Y-%m-%d')}; {kind}, {options.threads} threads, {options.clock} time; {versions}; float32"
+    return f"{time.strftime('%Y-%m-%d')}; {kind}, {options.threads} threads, {options.clock} time; {versions}{dtype}"
 
 
 def _lines(path: Path) -> list[str]:
@@ -191,12 +258,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def emit(tables: Sequence[Table], options: argparse.Namespace) -> None:
-    """Print the tables, and write them where asked."""
-    described = machine(options)
+def emit(tables: Sequence[Table], options: argparse.Namespace, device: str = "") -> None:
+    """Print the tables, and write them where asked; on another device than the CPU with its name."""
+    described = "; ".join(part for part in (device, machine(options)) if part)
     print(f"{described}\n")
     for table in tables:
         print(f"{table.markdown()}\n", flush=True)
     if options.json:
         content = {"machine": described, "tables": [asdict(table) for table in tables]}
-        options.json.write_text(json.dumps(content, indent=1))
+        Path(options.json).write_text(json.dumps(content, indent=1))
