@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from lalm_patch.engine.readout import Readout
 from lalm_patch.interventions import Grid
@@ -15,6 +16,25 @@ Progress = Callable[[int], None]
 
 def ignore_progress(cells: int) -> None:
     """Report to nobody."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One clip's grid: what `Engine.sweep` is given, so that several clips can share their passes.
+
+    Attributes:
+        source: the run that states are taken from.
+        target: the run into which they are put.
+        grid: the interventions.
+        option_ids: target tokens of the options.
+        progress: is told about the cells.
+    """
+
+    source: Encoding
+    target: Encoding
+    grid: Grid
+    option_ids: Sequence[int]
+    progress: Progress = ignore_progress
 
 
 class Engine(Protocol):
@@ -59,3 +79,17 @@ class Engine(Protocol):
         Raises:
             ModelError: a site that the model lacks, or what the engine cannot do; the message names another engine.
         """
+
+
+@runtime_checkable
+class SharesPasses(Protocol):
+    """An engine that takes several clips through the model together."""
+
+    def clips_within(self, source: Encoding, target: Encoding) -> int:
+        """How many clips like this one should share a pass."""
+
+    def bases(self, pairs: Sequence[tuple[Encoding, Encoding, Sequence[int]]]) -> list[Readout]:
+        """As `Engine.base`, for source, target and option tokens of several clips."""
+
+    def sweeps(self, sweeps: Sequence[Sweep]) -> list[Readout]:
+        """As `Engine.sweep`, for several clips."""

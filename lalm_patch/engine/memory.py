@@ -14,8 +14,12 @@ from lalm_patch.models import LALM
 GIB = 2**30
 GPU_SHARE, CPU_SHARE = 0.5, 0.25
 """Parts of the free memory that packs take: on a CPU other programs want some too."""
+PACK_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Positions that go through a layer together where nothing else is set: a CPU's caches are small, a GPU wants more."""
 PACK_SHARE, STATES_SHARE, KEPT_SHARE = 0.5, 0.25, 0.25
 """Parts of a budget: what happens inside a layer, the states of the cells on their way, base runs that are kept."""
+MOST_CLIPS = 32
+"""Clips that share passes, where nothing else is set: they are stored together, when all are done."""
 MOST_ROWS = 256
 """Cells whose logits over the whole vocabulary are in memory at once."""
 ALLOCATOR_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ from lalm_patch.engine.base_runs import (
     read_logits,
 )
 from lalm_patch.engine.cuts import check_cuts
-from lalm_patch.engine.interface import Progress, ignore_progress
+from lalm_patch.engine.interface import Progress, Sweep, ignore_progress
 from lalm_patch.engine.memory import (
     GIB,
     KEPT_SHARE,
+    MOST_CLIPS,
+    PACK_TOKENS,
     base_run_bytes,
     free_budget,
     is_out_of_memory,
@@ -42,93 +44,20 @@ from lalm_patch.engine.memory import (
     tokens_within,
 )
 from lalm_patch.engine.packs import Pack, Write, arranged, on, started
+from lalm_patch.engine.passes import ClipSweep, PassPart, plan_passes
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import check_sites, columns, overwrite
 from lalm_patch.engine.suffix_attention import KeysAndValues, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid
-from lalm_patch.interventions.patches import Intervention, Site
+from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM, Encoding
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """One clip's grid: what `Engine.sweep` is given, so that several clips can share a pass.
-
-    Attributes:
-        source: the run that states are taken from.
-        target: the run into which they are put.
-        grid: the interventions.
-        option_ids: target tokens of the options.
-        progress: is told about the cells.
-    """
-
-    source: Encoding
-    target: Encoding
-    grid: Grid
-    option_ids: Sequence[int]
-    progress: Progress = ignore_progress
-
-
-@dataclass
-class _Clip:
-    """A sweep on its way: its base runs, the packs that have started, and what has come out at the top.
-
-    Attributes:
-        sweep: what was asked for.
-        source: the run that states are taken from.
-        target: the run into which they are put.
-        packs: cells that have started, with their states in the layer in hand.
-        top: what leaves the last layer at the last position, [cells, hidden], with the cells' indices.
-        work: positions times layers of all cells.
-        done: of these, what is computed.
-        told: cells that were reported.
-    """
-
-    sweep: Sweep
-    source: BaseRun
-    target: BaseRun
-    work: int
-    packs: list[Pack] = field(default_factory=list)
-    top: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
-    parts: list[tuple[Sequence[int], Readout]] = field(default_factory=list)
-    done: int = 0
-    told: int = 0
-
-    @property
-    def length(self) -> int:
-        """Positions of a whole run."""
-        return len(self.sweep.target.tokens)
-
-    @property
-    def cells(self) -> tuple[Intervention, ...]:
-        """The grid's cells."""
-        return self.sweep.grid.cells
-
-    def tell(self, work: int) -> None:
-        """Report cells in proportion to the work done: a pass finishes all of its cells at once."""
-        self.done += work
-        cells = len(self.cells) * self.done // self.work
-        if cells > self.told:
-            self.sweep.progress(cells - self.told)
-            self.told = cells
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one pass computes of one clip.
-
-    Attributes:
-        clip: whose cells they are.
-        entering: indices of the cells that start at each layer.
-        source_top: the last layer that states are taken from, the number of layers for what leaves the last one.
-    """
-
-    clip: _Clip
-    entering: dict[int, list[int]]
-    source_top: int
+_Put = tuple[Site, slice, Tensor, Tensor]
+"""Site, columns of the head, tokens of the pack, states."""
 
 
 class ReplayEngine:
@@ -136,15 +65,15 @@ class ReplayEngine:
 
     Args:
         lalm: the model.
-        pack_tokens: most suffix positions that go through a layer together; more needs memory.
+        pack_tokens: most suffix positions that go through a layer together; None: what the device likes best.
         memory_budget: what a pass may take, in GiB; None: a share of the memory that is free when a sweep starts.
     """
 
     name = "replay"
 
-    def __init__(self, lalm: LALM, pack_tokens: int = 2048, memory_budget: float | None = None) -> None:
+    def __init__(self, lalm: LALM, pack_tokens: int | None = None, memory_budget: float | None = None) -> None:
         self.lalm = lalm
-        self.pack_tokens = pack_tokens
+        self.pack_tokens = PACK_TOKENS.get(lalm.device.type, 2048) if pack_tokens is None else pack_tokens
         self.memory_budget = memory_budget
         self._sites: set[Site] = set()
         self._first: int | None = None
@@ -202,6 +131,16 @@ class ReplayEngine:
             clip.sweep.progress(len(clip.cells) - clip.told)
         return [Readout.scatter(clip.parts) for clip in clips]
 
+    def clips_within(self, source: Encoding, target: Encoding) -> int:
+        """How many clips like this one should share a pass: several, where weights have to be brought in for it."""
+        if self.lalm.offloaded is None:
+            return 1
+        sizes = [
+            base_run_bytes(self.lalm, len(encoding.tokens), encoding.tokens.text_positions[0], 1, keys)
+            for encoding, keys in ((source, False), (target, True))
+        ]
+        return max(1, min(MOST_CLIPS, int(KEPT_SHARE * self._budget() / sum(sizes))))
+
     # --- the two base runs -------------------------------------------------------------------------------------
 
     def _look_at(self, sweeps: Sequence[Sweep]) -> None:
@@ -221,13 +160,13 @@ class ReplayEngine:
             [cell.first_position for cell in cells] + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
         )
 
-    def _clip(self, sweep: Sweep) -> _Clip:
+    def _clip(self, sweep: Sweep) -> ClipSweep:
         length = len(sweep.target.tokens)
         source, target = self._run(sweep.source, False, 0), self._run(sweep.target, True, 0)
         work = sum(
             (self.lalm.num_layers + 1 - cell.entry_layer) * (length - cell.first_position) for cell in sweep.grid.cells
         )
-        return _Clip(sweep, source, target, work)
+        return ClipSweep(sweep, source, target, work)
 
     def _run(self, encoding: Encoding, keys: bool, budget: float, others: Sequence[BaseRun] = ()) -> BaseRun:
         """A base run: a known one, where it serves; else a new one, which is kept if a budget has room for it."""
@@ -246,7 +185,7 @@ class ReplayEngine:
         """Bytes a pass may take."""
         return free_budget(self.lalm.decoder_module) if self.memory_budget is None else self.memory_budget * GIB
 
-    def _plan(self, clips: Sequence[_Clip], most: int) -> list[list[_Part]]:
+    def _plan(self, clips: Sequence[ClipSweep], most: int) -> list[list[PassPart]]:
         """The cells of each pass: those that start lowest first, as many as `most` positions hold."""
         passes = []
         for chosen in plan_passes([(clip.cells, clip.length) for clip in clips], self.lalm.num_layers, most):
@@ -256,11 +195,11 @@ class ReplayEngine:
                 for index in indices:
                     entering.setdefault(clip.cells[index].entry_layer, []).append(index)
                 patches = [patch for index in indices for patch in clip.cells[index].patches]
-                parts.append(_Part(clip, entering, max([0, *(patch.entry_layer for patch in patches)])))
+                parts.append(PassPart(clip, entering, max([0, *(patch.entry_layer for patch in patches)])))
             passes.append(parts)
         return passes
 
-    def _go_up(self, parts: Sequence[_Part], lowest: int, later: set[int], budget: float) -> None:
+    def _go_up(self, parts: Sequence[PassPart], lowest: int, later: set[int], budget: float) -> None:
         """One pass up the layers, from the lowest that a cell starts at; `later` passes start at those layers."""
         tokens = tokens_within(budget, self.lalm, max(part.clip.length for part in parts))
         for layer in range(lowest, self.lalm.num_layers + 1):
@@ -276,7 +215,9 @@ class ReplayEngine:
         for part in parts:
             self._read(part.clip, rows_within(budget, self.lalm))
 
-    def _start(self, clip: _Clip, indices: list[int], layer: int, source: LayerView | None, target: LayerView) -> None:
+    def _start(
+        self, clip: ClipSweep, indices: list[int], layer: int, source: LayerView | None, target: LayerView
+    ) -> None:
         """Let cells begin at a layer; those above the last one are there already."""
         if not indices:
             return
@@ -289,7 +230,9 @@ class ReplayEngine:
         else:
             clip.packs.append(pack)
 
-    def _advance_all(self, clip: _Clip, layer: int, source: LayerView | None, target: LayerView, tokens: int) -> None:
+    def _advance_all(
+        self, clip: ClipSweep, layer: int, source: LayerView | None, target: LayerView, tokens: int
+    ) -> None:
         """Take all packs of a clip through one layer."""
         waiting = arranged(clip.packs, min(self.pack_tokens, tokens))[::-1]
         clip.packs = []
@@ -309,7 +252,7 @@ class ReplayEngine:
             else:
                 clip.tell(pack.tokens * (2 if layer == self.lalm.num_layers - 1 else 1))
 
-    def _make_smaller(self, pack: Pack, clip: _Clip, error: BaseException) -> None:
+    def _make_smaller(self, pack: Pack, clip: ClipSweep, error: BaseException) -> None:
         """Halve the size of packs after one did not fit."""
         if len(pack.cells) == 1:
             raise ModelError(
@@ -329,7 +272,7 @@ class ReplayEngine:
 
     # --- a pack in a layer -------------------------------------------------------------------------------------
 
-    def _advance(self, clip: _Clip, pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
+    def _advance(self, clip: ClipSweep, pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
         """A pack after one layer."""
         layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
         writes = self._prepared(pack.writes(layer), source, pack.states.device)
@@ -338,7 +281,7 @@ class ReplayEngine:
         pack.states = self._call(layer, pack.states, pack.inputs, layout, writes)
         return pack
 
-    def _last_layer(self, clip: _Clip, pack: Pack, source: LayerView | None, target: LayerView) -> Tensor:
+    def _last_layer(self, clip: ClipSweep, pack: Pack, source: LayerView | None, target: LayerView) -> Tensor:
         """What leaves the last layer at the last position of each cell, [cells, hidden].
 
         Only the last position is read, so of the others keys and values are computed alone.
@@ -401,7 +344,7 @@ class ReplayEngine:
             made.append((write.site, within, on(write.where, device), chosen.to(device)))
         return made
 
-    def _read(self, clip: _Clip, rows: int) -> None:
+    def _read(self, clip: ClipSweep, rows: int) -> None:
         """Logits of what has come out at the top."""
         references = torch.cat([clip.source.logits(), clip.target.logits()])
         for indices, states in clip.top:
@@ -410,34 +353,3 @@ class ReplayEngine:
                 part = Readout.of(logits, clip.sweep.option_ids, references)
                 clip.parts.append((indices[start : start + rows], part))
         clip.top = []
-
-
-_Put = tuple[Site, slice, Tensor, Tensor]
-"""Site, columns of the head, tokens of the pack, states."""
-
-
-def plan_passes(
-    clips: Sequence[tuple[Sequence[Intervention], int]], num_layers: int, most: int
-) -> list[dict[int, list[int]]]:
-    """Which cells go up together: indices of the cells of each pass, by clip; those that start lowest come first.
-
-    Args:
-        clips: cells, and the positions of a whole run, of each clip.
-        num_layers: decoder layers.
-        most: suffix positions of one pass; a pass has one cell at least.
-    """
-    waiting = sorted(
-        (cell.entry_layer, number, cell.first_position, index)
-        for number, (cells, _) in enumerate(clips)
-        for index, cell in enumerate(cells)
-    )
-    passes: list[dict[int, list[int]]] = []
-    held = 0
-    for entry, number, first, index in waiting:
-        size = 1 if entry == num_layers else clips[number][1] - first
-        if not passes or held + size > most:
-            passes.append({})
-            held = 0
-        passes[-1].setdefault(number, []).append(index)
-        held += size
-    return passes

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lalm_patch.engine.interface import Engine, Progress, ignore_progress
+from lalm_patch.engine.interface import Engine, Progress, SharesPasses, Sweep, ignore_progress
 from lalm_patch.engine.readout import Readout
 from lalm_patch.interventions import Grid
 from lalm_patch.models import LALM, Encoding
@@ -103,6 +103,23 @@ class AnswerReader:
             # The encoding is kept with what was made of it, so that its id stays its own.
             self._longer[key] = encoding, continued(lalm, encoding, prefix)
         return self._longer[key][1]
+
+
+def read_bases(engine: Engine, clips: Sequence[tuple[AnswerReader, Encoding, Encoding]]) -> list[Readout]:
+    """`AnswerReader.base` of several clips' source and target runs; in shared passes, where the engine has those."""
+    if isinstance(engine, SharesPasses) and not any(read.whole for read, *_ in clips):
+        return engine.bases([(source, target, read.first_ids) for read, source, target in clips])
+    return [read.base(engine, source, target) for read, source, target in clips]
+
+
+def read_sweeps(engine: Engine, clips: Sequence[tuple[AnswerReader, Sweep]]) -> list[Readout]:
+    """`AnswerReader.sweep` of several clips; in shared passes, where the engine has those.
+
+    What the sweeps have for option tokens is not used.
+    """
+    if isinstance(engine, SharesPasses) and not any(read.whole for read, _ in clips):
+        return engine.sweeps([replace(sweep, option_ids=read.first_ids) for read, sweep in clips])
+    return [read.sweep(engine, sweep.source, sweep.target, sweep.grid, sweep.progress) for read, sweep in clips]
 
 
 def continued(lalm: LALM, encoding: Encoding, ids: Sequence[int]) -> Encoding:

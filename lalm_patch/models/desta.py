@@ -23,6 +23,7 @@ class Desta2(NativeFamily):
     model_types: ClassVar[tuple[str, ...]] = ("DestaModel",)
     layouts: ClassVar[tuple[str, ...]] = ("chat", "user", "fixed")
     reads_transcript = True
+    whole_dtype = False
     frames_per_second = 50.0  # of the encoder; the vectors are queries, in no order of time
     release: ClassVar[DestaRelease] = native.DESTA2
     longest_transcript: ClassVar[int | None] = None

@@ -42,6 +42,9 @@ class Family(ABC):
     frames_per_second: ClassVar[float | None] = None
     """Frames of the audio encoder's layers per second of sound; None where it is not known."""
 
+    whole_dtype: ClassVar[bool] = True
+    """Whether `model.dtype` is that of the whole model, and not of the decoder alone."""
+
     hosted_task: ClassVar[str | None] = None
     """Pipeline task under which a server with transformers alone has the model, and which is part of its name there;
     None if it takes this package to run it."""

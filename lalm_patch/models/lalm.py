@@ -20,6 +20,7 @@ from lalm_patch.models.cache_keyword import cache_keyword
 from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
+from lalm_patch.models.offload import Offloaded, computed_dtypes
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.models.weights import check_finite
@@ -58,9 +59,11 @@ class LALM:
         layers: nnsight's wrappers of the decoder layers; `.output` is [batch, positions, hidden].
         norm: nnsight's wrapper of the norm after the last layer.
         tower_layers: nnsight's wrappers of the audio encoder's layers; empty where they are not found.
+        offloaded: what brings layers' weights in, where they are not all on the device.
     """
 
     def __init__(self, module: PreTrainedModel, family: Family, *, id: str = "", commit: str = "") -> None:
+        self.offloaded: Offloaded | None = None
         self.module = module.eval().requires_grad_(False)
         self.family = family
         self.id = id
@@ -106,10 +109,19 @@ class LALM:
                     f"({type(error).__name__}: {error}); download it again"
                 ) from error
             _check_processor(family, module, checkpoint)
-        if device is not None:
-            module.to(device)
-        check_finite(module, _places(checkpoint))
-        return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
+        offloaded = None
+        if settings.offload != "none":
+            assert device is not None
+            language_model = _path(module, _role(module, "get_decoder", "a decoder")).rpartition(".")[0]
+            dtypes = computed_dtypes(module, _dtype(settings), "" if family.whole_dtype else language_model)
+            offloaded = Offloaded(module, device, dtypes, settings.offload == "disk", _places(checkpoint))
+        else:
+            if device is not None:
+                module.to(device)
+            check_finite(module, _places(checkpoint))
+        lalm = cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
+        lalm.offloaded = offloaded
+        return lalm
 
     @classmethod
     def outline(cls, settings: ModelSettings) -> LALM:
@@ -289,8 +301,13 @@ class LALM:
         return operator.attrgetter(self._path(module))(self.traced)
 
     def _path(self, module: nn.Module) -> str:
-        path: str = next(name for name, candidate in self.module.named_modules() if candidate is module)
-        return path
+        return _path(self.module, module)
+
+
+def _path(whole: nn.Module, part: nn.Module) -> str:
+    """Names of submodules on the way to a part, joined by dots."""
+    path: str = next(name for name, candidate in whole.named_modules() if candidate is part)
+    return path
 
 
 def _family(settings: ModelSettings, checkpoint: Checkpoint) -> type[Family]:
@@ -350,6 +367,11 @@ def device_name(settings: ModelSettings) -> str:
 def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:
     """`from_pretrained`'s keywords, and the device to move to afterwards (None: the device map decides)."""
     dtype = _dtype(settings)
+    if settings.device_map is not None and settings.offload != "none":
+        raise ConfigError(
+            f"model.offload={settings.offload} and model.device_map={settings.device_map} both place the weights; "
+            "leave one of them out"
+        )
     if settings.device_map is not None:
         try:
             import accelerate  # noqa: F401
@@ -365,4 +387,10 @@ def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | 
         raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda or cuda:<number>") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device={name}: this machine has no usable GPU; set model.device=cpu")
-    return {"dtype": dtype}, device
+    if settings.offload == "cpu" and device.type == "cpu":
+        raise ConfigError(
+            "model.offload=cpu keeps a GPU's layers in the CPU's memory, and this model runs on the CPU; set "
+            "model.offload=disk for one that is larger than the memory"
+        )
+    # Offloaded weights stay as they are in their files, and take their type when they are brought in.
+    return {"dtype": dtype if settings.offload == "none" else "auto"}, device

@@ -145,7 +145,12 @@ def check_finite(module: nn.Module, where: str) -> None:
     Raises:
         ModelError: names the first few.
     """
-    bad = [name for name, weight in module.named_parameters() if not _finite(weight)]
+    refuse_not_finite(module.named_parameters(), where)
+
+
+def refuse_not_finite(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """As `check_finite`, of weights with their names."""
+    bad = [name for name, weight in weights if not _finite(weight)]
     if bad:
         raise ModelError(
             f"{where}: {len(bad)} weights hold infinite numbers or none at all: {_listed(bad)}; the file is damaged "

@@ -64,6 +64,8 @@ class ModelSettings:
         dtype: float32, bfloat16 or float16.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...
         device_map: as in transformers (`auto` spreads the model over all GPUs); needs the extra `gpu`.
+        offload: none, cpu (a GPU's layers wait in the CPU's memory), or disk (they stay in the checkpoint's files);
+            layers are brought in one by one.
         attn_implementation: sdpa or eager.
         prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn), flat
             (no template; base models), or fixed (chat without the quirks of the original's prompt, where it has any).
@@ -80,6 +82,7 @@ class ModelSettings:
     dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"
     device: Annotated[str, DEVICE] = "auto"
     device_map: Annotated[str | None, DEVICE_MAP] = None
+    offload: Annotated[str, one_of("none", "cpu", "disk")] = "none"
     attn_implementation: Annotated[str, one_of("sdpa", "eager")] = "sdpa"
     prompt_layout: Annotated[str, LAYOUT] = "chat"
     data: Annotated[str, one_of("demo", "sakura")] = "sakura"
@@ -254,8 +257,11 @@ class EngineSettings:
     Attributes:
         name: auto (replay where the decoder allows it), replay, or direct; or an approximation, which says how well it
             agrees with exact cells: attribution, integrated_gradients or relevance.
-        pack_tokens: most suffix positions that share one forward pass.
-        memory_budget: what such a pass may take beside the model, in GiB; null: a share of the free memory.
+        pack_tokens: most positions that go through a layer together; null: 2048 on a CPU and on a server, 32768 on a
+            GPU.
+        memory_budget: what a pass may take beside the model, in GiB; null: a share of the free memory.
+        clips: how many clips share replay's passes up the layers, so that offloaded weights are brought in for all of
+            them at once; null: as many as memory has room for with `model.offload`, else one.
         spot_checks: cells of a run that the direct engine computes again, two per clip.
         tolerance: largest difference in probability that replay may show; null chooses by dtype.
         licence_cells: of an approximation, cells of every clip that are computed exactly, too.
@@ -263,8 +269,9 @@ class EngineSettings:
     """
 
     name: Annotated[str, one_of("auto", "replay", "direct", *APPROXIMATE)] = MISSING
-    pack_tokens: Annotated[int, Whole(1)] = 2048
+    pack_tokens: Annotated[int | None, Whole(1)] = None
     memory_budget: Annotated[float | None, Number(0)] = None
+    clips: Annotated[int | None, Whole(1)] = None
     spot_checks: Annotated[int, Whole(0)] = 8
     tolerance: Annotated[float | None, Number(0, 1)] = None
     licence_cells: Annotated[int, Whole(1)] = 16
@@ -364,6 +371,8 @@ NOT_PART_OF_A_RUN: tuple[str, ...] = (
     "model.device_map",
     "engine.pack_tokens",
     "engine.memory_budget",
+    "engine.clips",
+    "model.offload",
     "backend.host",
     "backend.max_jobs",
     "backend.poll_seconds",

@@ -23,13 +23,14 @@ from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import (
     GIB,
     KEPT_SHARE,
+    PACK_TOKENS,
     base_run_bytes,
     bytes_per_token,
     free_budget,
     states_within,
     tokens_within,
 )
-from lalm_patch.engine.replay import plan_passes
+from lalm_patch.engine.passes import plan_passes
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import DataError
 from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
@@ -111,7 +112,7 @@ def describe_run(
         licence = f"{settings.engine.licence_cells} exact cells by {engine}"
         engine = f"{settings.engine.name}, approximate: {cost.backward} backward passes per clip and {licence}"
     if there:
-        rows = max(1, settings.engine.pack_tokens // len(tokens))
+        rows = max(1, (settings.engine.pack_tokens or PACK_TOKENS["cpu"]) // len(tokens))
         engine = f"ndif, on a server: one request per clip, its cells in passes of {rows} rows; otherwise as direct"
     unit = "passes up the layers" if replay and not approximate else "forward passes"
     total = f"; all clips {_duration(cost.seconds * len(records))}" if isinstance(records, list) else ""
@@ -168,7 +169,8 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         budget = free_budget(lalm.decoder_module) if given is None else given * GIB
         total = sum(suffix for _, suffix in suffixes)
         passes = 1 + len(plan_passes([(cells, length)], layers, states_within(budget, lalm)))
-        pack = min(settings.engine.pack_tokens, tokens_within(budget, lalm, length), total)
+        most = settings.engine.pack_tokens or PACK_TOKENS.get(device_name(settings.model).split(":")[0], 2048)
+        pack = min(most, tokens_within(budget, lalm, length), total)
         going_up = min(total, states_within(budget, lalm))
         kept = [base_run_bytes(lalm, length, first, sites, keys) for sites, keys in ((0, True), (1, False))]
         if max(kept) > KEPT_SHARE * budget:  # then they are computed once more, along with the cells

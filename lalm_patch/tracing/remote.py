@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lalm_patch.checks import Check
+from lalm_patch.engine.memory import PACK_TOKENS
 from lalm_patch.engine.ndif import JobFailed, NdifEngine
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest
 from lalm_patch.errors import HostError, ModelError
@@ -26,7 +27,8 @@ from lalm_patch.tracing.corruptions import digest_of
 from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked
 from lalm_patch.tracing.remote_jobs import ClipJobs
-from lalm_patch.tracing.tracer import SampleTrace, Tracer, readout_arrays
+from lalm_patch.tracing.samples import SampleTrace, readout_arrays
+from lalm_patch.tracing.tracer import Tracer
 
 
 @dataclass
@@ -171,7 +173,7 @@ class RemoteTracer(Tracer):
             option_ids=tuple(ids[0] for ids in asked.answers),
             answer=asked.right,
             correct=self.settings.prompt.correct,
-            pack_tokens=self.settings.engine.pack_tokens,
+            pack_tokens=self.settings.engine.pack_tokens or PACK_TOKENS["cpu"],
         )
         digest = self._digest(request)
         if known and (known.digest, known.host) != (digest, self.server.host):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 from lalm_patch.checks import Check
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
 from lalm_patch.engine.choose import choose_engine
+from lalm_patch.engine.interface import SharesPasses, Sweep
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
-from lalm_patch.engine.whole_answers import AnswerReader
+from lalm_patch.engine.whole_answers import AnswerReader, read_bases, read_sweeps
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.interventions.patches import Site
@@ -25,8 +26,9 @@ from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.terminal import Progress
 from lalm_patch.tracing.corruptions import Corruption
-from lalm_patch.tracing.metrics import Exclusion, exclusion, own_question
+from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked, Questions
+from lalm_patch.tracing.samples import OpenedClip, SampleTrace, asked_meta, exact_cells, readout_arrays, sample_meta
 from lalm_patch.tracing.transcripts import Transcripts
 
 log = logging.getLogger(__name__)
@@ -34,19 +36,6 @@ log = logging.getLogger(__name__)
 SPOT_CHECKED_PER_SAMPLE = 2
 TRACEABLE = (Exclusion.CLEAN_WRONG, Exclusion.CORRUPTED_RIGHT, Exclusion.NO_EFFECT)
 """Reasons not to count that leave something to be patched."""
-
-
-@dataclass
-class SampleTrace:
-    """What tracing one sample gave.
-
-    Attributes:
-        arrays: `base_*` with [clean, corrupted] first, `patched_*` with the grid's shape first (kept samples only).
-        meta: what a JSON record can hold: label, exclusion, tokens and roles after the audio, checks, ...
-    """
-
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Tracer:
@@ -142,10 +131,15 @@ class Tracer:
             progress: is told about every cell.
             folder: the run's own folder.
         """
-        for record in records:
-            trace = self.trace(record, record.waveform(None), spot_checks > 0, progress)
-            spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
-            yield record, trace
+        waiting = list(records)
+        while waiting:
+            first = self._opened(waiting[0], waiting[0].waveform(None), progress)
+            others = waiting[1 : self._clips(first)]
+            group = [first, *(self._opened(record, record.waveform(None), progress) for record in others)]
+            del waiting[: len(group)]
+            for clip, trace in zip(group, self._traced(group, spot_checks, progress), strict=True):
+                spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+                yield clip.record, trace
 
     def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
         """Trace one sample.
@@ -159,61 +153,119 @@ class Tracer:
         Raises:
             ModelError: clean and corrupted input differ in their positions.
         """
+        (trace,) = self._traced([self._opened(record, waveform, progress)], int(spot_check), progress)
+        return trace
+
+    def _clips(self, clip: OpenedClip) -> int:
+        """How many clips go through the model together."""
+        if self.settings.engine.clips is not None:
+            return self.settings.engine.clips
+        if isinstance(self.engine, SharesPasses) and not self.questions.whole:
+            return self.engine.clips_within(clip.source, clip.target)
+        return 1
+
+    def _opened(self, record: Record, waveform: np.ndarray, progress: Progress) -> OpenedClip:
+        """What the decoder gets for one clip.
+
+        Raises:
+            ModelError: clean and corrupted input differ in their positions.
+        """
         asked = self.questions.ask(record)
-        read = AnswerReader(asked.answers, self.questions.whole)
         heard = self.corruption.heard(record, waveform)
         spoken = self.transcripts.pair(waveform, heard, None if record.prompt is None else record.prompt.transcript)
         prompt, other_prompt = (replace(asked.prompt, transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
         corrupted = self.corruption.encode(record, heard, other_prompt, clean)
-        same = clean.tokens.same_layout(corrupted.tokens)
-        lengths = f"clip and {self.corruption.name} give {len(clean.tokens)} and {len(corrupted.tokens)} positions"
-        if not same and spoken[0] == spoken[1]:
-            raise ModelError(f"{record.name}: {lengths} or other tokens, so their states cannot be exchanged")
-        grid = self.grid(clean.tokens)
-        progress.drop(self.cells_per_sample - len(grid.cells))  # clips differ in their text, or in their windows
-        answer = asked.right
-        source, target = (corrupted, clean) if self.noising else (clean, corrupted)
-        base = read.base(self.engine, source, target)
+        clip = OpenedClip(
+            record,
+            len(waveform),
+            asked,
+            AnswerReader(asked.answers, self.questions.whole),
+            spoken,
+            clean,
+            corrupted,
+            self.grid(clean.tokens),
+            self.noising,
+        )
+        if not clip.same_layout and spoken[0] == spoken[1]:
+            raise ModelError(
+                f"{record.name}: {self._lengths(clip)} or other tokens, so their states cannot be exchanged"
+            )
+        progress.drop(self.cells_per_sample - len(clip.grid.cells))  # clips differ in their text, or in their windows
+        return clip
+
+    def _lengths(self, clip: OpenedClip) -> str:
+        """What the two runs' lengths are, for messages."""
+        return (
+            f"clip and {self.corruption.name} give {len(clip.clean.tokens)} and {len(clip.corrupted.tokens)} positions"
+        )
+
+    def _traced(self, clips: Sequence[OpenedClip], spot_checks: int, progress: Progress) -> list[SampleTrace]:
+        """Trace clips that go through the model together; of the first ones that count, cells are computed twice."""
+        bases = read_bases(self.engine, [(clip.read, clip.source, clip.target) for clip in clips])
         if self.noising:
-            base = base.rows(slice(None, None, -1))  # the clean run comes first
+            bases = [base.rows(slice(None, None, -1)) for base in bases]  # the clean run comes first
+        traces = [self._looked_at(clip, base) for clip, base in zip(clips, bases, strict=True)]
+        wanted = []
+        for number, (clip, trace) in enumerate(zip(clips, traces, strict=True)):
+            reason = Exclusion(trace.meta["exclusion"])
+            if reason is Exclusion.KEPT or (self.settings.trace_excluded and reason in TRACEABLE):
+                wanted.append(number)
+            else:
+                progress.drop(len(clip.grid.cells))
+        if not wanted:
+            return traces
+        sweeps = []
+        for number in wanted:
+            clip = clips[number]
+            sweeps.append((clip.read, Sweep(clip.source, clip.target, clip.grid, (), progress.advance)))
+        for number, swept in zip(wanted, read_sweeps(self.engine, sweeps), strict=True):
+            clip, trace = clips[number], traces[number]
+            trace.arrays |= readout_arrays("patched", swept, clip.grid.shape)
+            self._check(clip, trace, bases[number], swept, spot_checks > 0)
+            spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+        return traces
+
+    def _looked_at(self, clip: OpenedClip, base: Readout) -> SampleTrace:
+        """What the two base runs say: whether the clip counts, and what else is to be seen in them."""
+        record, read, answer = clip.record, clip.read, clip.asked.right
         reason = exclusion(base, read.first_ids, answer, self.settings.prompt.correct)
-        if not same and reason is Exclusion.KEPT:
+        if not clip.same_layout and reason is Exclusion.KEPT:
             reason = Exclusion.LAYOUT
         trace = SampleTrace(
-            readout_arrays("base", base, (2,)), self._meta(record, len(waveform), clean.tokens, asked, reason)
+            readout_arrays("base", base, (2,)), self._meta(record, clip.samples, clip.clean.tokens, clip.asked, reason)
         )
         trace.meta |= self.corruption.about(record)
         trace.meta["top_texts"] = self._said(base)
         if self.place.spans is not None:
-            trace.meta["windows"] = [str(name) for name in grid.coords["window"]]
-        trace.meta |= {"transcript_clean": spoken[0], "transcript_corrupted": spoken[1]}
+            trace.meta["windows"] = [str(name) for name in clip.grid.coords["window"]]
+        trace.meta |= {"transcript_clean": clip.spoken[0], "transcript_corrupted": clip.spoken[1]}
         if reason is Exclusion.LAYOUT:
-            trace.meta["detail"] = f"{lengths}: each run reads its own transcript (transcript=upstream)"
-        seen = self._observe(trace, clean, corrupted, base.probabilities[:, answer], read.first_ids[answer])
+            trace.meta["detail"] = f"{self._lengths(clip)}: each run reads its own transcript (transcript=upstream)"
+        seen = self._observe(trace, clip.clean, clip.corrupted, base.probabilities[:, answer], read.first_ids[answer])
         trace.meta["checks"] = [vars(check) for check in seen]
-        looked_at = self.settings.trace_excluded and reason in TRACEABLE
-        if reason is not Exclusion.KEPT and not looked_at:
-            progress.drop(len(grid.cells))
-            return trace
-        swept = read.sweep(self.engine, source, target, grid, progress.advance)
-        trace.arrays |= readout_arrays("patched", swept, grid.shape)
+        return trace
+
+    def _check(self, clip: OpenedClip, trace: SampleTrace, base: Readout, swept: Readout, spot_check: bool) -> None:
+        """Compute some of a clip's cells again, and compare what is known of them."""
+        record, grid, answer = clip.record, clip.grid, clip.asked.right
         if isinstance(self.engine, ApproximateEngine):  # identities hold for exact cells only
             chosen = self._spots(record, grid, self.settings.engine.licence_cells)
-            cells, exact = exact_cells(self.engine.exact, source, target, grid, chosen, read)
+            cells, exact = exact_cells(self.engine.exact, clip.source, clip.target, grid, chosen, clip.read)
             trace.meta["licence_cells"] = cells
             trace.arrays |= readout_arrays("exact", exact, (len(exact),))
-            return trace
+            return
         # An answer of several tokens is read at several positions: no single one carries everything.
-        several = len(read.answers[answer]) > 1
-        checks = [] if several else self._identities(grid, base, swept, answer, clean.tokens)
+        several = len(clip.read.answers[answer]) > 1
+        checks = [] if several else self._identities(grid, base, swept, answer, clip.clean.tokens)
         if spot_check and isinstance(self.engine, ReplayEngine):
-            cells, exact = exact_cells(self._oracle, source, target, grid, self._spots(record, grid), read)
+            cells, exact = exact_cells(
+                self._oracle, clip.source, clip.target, grid, self._spots(record, grid), clip.read
+            )
             difference = float(np.abs(exact.probabilities - swept.probabilities[cells]).max())
             checks.append(Check.at_most("replay_equals_direct", difference, self.tolerance))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] += [vars(check) for check in checks]
-        return trace
 
     def _said(self, base: Readout) -> list[str]:
         """The most probable token of each base run."""
@@ -265,66 +317,6 @@ class Tracer:
         seed = [self.settings.seed, *record.id.encode()]
         count = min(count, len(grid.cells))
         return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
-
-
-def exact_cells(
-    engine: Engine,
-    source: Encoding,
-    target: Encoding,
-    grid: Grid,
-    chosen: np.ndarray,
-    read: AnswerReader,
-) -> tuple[list[int], Readout]:
-    """Some cells of a grid by an exact engine: their indices, ascending, and one row for each."""
-    indices: list[int] = np.sort(chosen).tolist()
-    some = Grid(("cell",), {"cell": np.array(indices)}, tuple(grid.cells[index] for index in indices))
-    return indices, read.sweep(engine, source, target, some)
-
-
-def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason: Exclusion) -> dict[str, Any]:
-    """What a sample's record says besides numbers.
-
-    Args:
-        label: the right answer.
-        group: what the clip shares with others that are not independent of it.
-        samples: length of the clip at 16 kHz.
-        tokens: its prompt.
-        reason: why it does not count, or that it does.
-    """
-    text = tokens.text_positions
-    return {
-        "label": label,
-        "group": group,
-        "exclusion": str(reason),
-        "detail": "",
-        "samples": samples,
-        "positions": len(tokens),
-        "audio_positions": len(tokens.audio_positions),
-        "first_text_position": text[0],
-        "token_ids": [tokens.ids[i] for i in text],
-        "token_texts": [tokens.texts[i] for i in text],
-        "token_roles": [tokens.roles[i] for i in text],
-    }
-
-
-def asked_meta(record: Record, asked: Asked) -> dict[str, Any]:
-    """What a sample's record says of its question."""
-    order = {"option_order": list(asked.prompt.options), "answer_id": asked.answers[asked.right][0]}
-    return order | own_question(record)
-
-
-def readout_arrays(prefix: str, readout: Readout, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """A readout as a sample's arrays: rows in row-major order of `shape`, options last."""
-    arrays: dict[str, np.ndarray] = {
-        f"{prefix}_option_logits": readout.option_logits.reshape(*shape, -1).astype(np.float32),
-        f"{prefix}_logsumexp": readout.logsumexp.reshape(shape).astype(np.float32),
-        f"{prefix}_top_id": readout.top_id.reshape(shape).astype(np.int64),
-    }
-    if readout.option_rank is not None:
-        arrays[f"{prefix}_option_rank"] = readout.option_rank.reshape(*shape, -1).astype(np.int32)
-    if readout.divergence is not None:
-        arrays[f"{prefix}_divergence"] = readout.divergence.reshape(*shape, 2).astype(np.float32)
-    return arrays
 
 
 def _as_sent(tokens: TokenTable) -> str:

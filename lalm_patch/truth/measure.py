@@ -18,7 +18,7 @@ from lalm_patch.results.dataset import build_dataset
 from lalm_patch.settings import EngineSettings
 from lalm_patch.storage.run_store import SampleRecord
 from lalm_patch.tracing.metrics import Exclusion, exclusion
-from lalm_patch.tracing.tracer import exact_cells, readout_arrays, sample_meta
+from lalm_patch.tracing.samples import exact_cells, readout_arrays, sample_meta
 from lalm_patch.truth.circuit import Circuit, FloatArray, Truth
 from lalm_patch.truth.decoder import MELS, Clip, PlantedLALM
 from lalm_patch.truth.methods import Method

@@ -1,0 +1,100 @@
+"""What a sweep is on its way up the layers: the clips of a pass, and which cells share one. It computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lalm_patch.engine.base_runs import BaseRun
+from lalm_patch.engine.interface import Sweep
+from lalm_patch.engine.packs import Pack
+from lalm_patch.engine.readout import Readout
+from lalm_patch.interventions.patches import Intervention
+
+
+@dataclass
+class ClipSweep:
+    """A sweep on its way: its base runs, the packs that have started, and what has come out at the top.
+
+    Attributes:
+        sweep: what was asked for.
+        source: the run that states are taken from.
+        target: the run into which they are put.
+        packs: cells that have started, with their states in the layer in hand.
+        top: what leaves the last layer at the last position, [cells, hidden], with the cells' indices.
+        work: positions times layers of all cells.
+        done: of these, what is computed.
+        told: cells that were reported.
+    """
+
+    sweep: Sweep
+    source: BaseRun
+    target: BaseRun
+    work: int
+    packs: list[Pack] = field(default_factory=list)
+    top: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    parts: list[tuple[Sequence[int], Readout]] = field(default_factory=list)
+    done: int = 0
+    told: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions of a whole run."""
+        return len(self.sweep.target.tokens)
+
+    @property
+    def cells(self) -> tuple[Intervention, ...]:
+        """The grid's cells."""
+        return self.sweep.grid.cells
+
+    def tell(self, work: int) -> None:
+        """Report cells in proportion to the work done: a pass finishes all of its cells at once."""
+        self.done += work
+        cells = len(self.cells) * self.done // self.work
+        if cells > self.told:
+            self.sweep.progress(cells - self.told)
+            self.told = cells
+
+
+@dataclass(frozen=True)
+class PassPart:
+    """What one pass computes of one clip.
+
+    Attributes:
+        clip: whose cells they are.
+        entering: indices of the cells that start at each layer.
+        source_top: the last layer that states are taken from, the number of layers for what leaves the last one.
+    """
+
+    clip: ClipSweep
+    entering: dict[int, list[int]]
+    source_top: int
+
+
+def plan_passes(
+    clips: Sequence[tuple[Sequence[Intervention], int]], num_layers: int, most: int
+) -> list[dict[int, list[int]]]:
+    """Which cells go up together: indices of the cells of each pass, by clip; those that start lowest come first.
+
+    Args:
+        clips: cells, and the positions of a whole run, of each clip.
+        num_layers: decoder layers.
+        most: suffix positions of one pass; a pass has one cell at least.
+    """
+    waiting = sorted(
+        (cell.entry_layer, number, cell.first_position, index)
+        for number, (cells, _) in enumerate(clips)
+        for index, cell in enumerate(cells)
+    )
+    passes: list[dict[int, list[int]]] = []
+    held = 0
+    for entry, number, first, index in waiting:
+        size = 1 if entry == num_layers else clips[number][1] - first
+        if not passes or held + size > most:
+            passes.append({})
+            held = 0
+        passes[-1].setdefault(number, []).append(index)
+        held += size
+    return passes
