@@ -25,9 +25,11 @@ from common import IDS, PublishedQwen2Audio, PublishedVoxtral, RandomLALM, Table
 from peers import nnsight_trace, plain_hooks
 from torch import nn
 
-from lalm_patch.engine import DirectEngine, ReplayEngine
-from lalm_patch.interventions.grids import Grid, token_grid
+from lalm_patch.engine import DirectEngine, Readout, ReplayEngine
+from lalm_patch.engine.interface import Sweep
+from lalm_patch.interventions.grids import Grid, layer_grid, token_grid
 from lalm_patch.models import Encoding
+from lalm_patch.models.offload import Offloaded
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPES: dict[str, tuple[Callable[..., RandomLALM], int]] = {
@@ -36,6 +38,8 @@ SHAPES: dict[str, tuple[Callable[..., RandomLALM], int]] = {
 }
 """Model and audio positions (a clip of 10 s; Voxtral pads it to 30)."""
 TEXT = 40
+SHARED = (1, 8)
+"""Clips that share passes."""
 
 
 def main() -> None:
@@ -51,7 +55,7 @@ def main() -> None:
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help=argparse.SUPPRESS)
     options = made.parse_args()
     options.clock = "wall"
-    tables = [agreement(options), *speed(options)]
+    tables = [agreement(options), *speed(options), offload(options)]
     emit(tables, options, where(options.device))
 
 
@@ -85,8 +89,12 @@ def agreement(options: argparse.Namespace) -> Table:
     for shape in SHAPES:
         for dtype in DTYPES:
             with model(shape, dtype, options) as (lalm, clean, corrupted, grid):
-                chosen = np.random.default_rng(0).choice(len(grid.cells), options.checked, replace=False)
-                some = Grid(("cell",), {"cell": chosen}, tuple(grid.cells[index] for index in chosen))
+                cells = (*grid.cells, *layer_grid(clean.tokens, range(lalm.num_layers)).cells)
+                # Half of them of the layer-wise grid: single tokens of a random model matter little.
+                numbers = np.random.default_rng(0)
+                chosen = numbers.choice(len(grid.cells), options.checked // 2, replace=False)
+                chosen = np.append(chosen, numbers.choice(np.arange(len(grid.cells), len(cells)), options.checked // 2))
+                some = Grid(("cell",), {"cell": chosen}, tuple(cells[index] for index in chosen))
                 fast = ReplayEngine(lalm).sweep(clean, corrupted, some, IDS)
                 slow = DirectEngine(lalm).sweep(clean, corrupted, some, IDS)
                 spread = float(np.ptp(slow.option_logits, axis=0).max())
@@ -134,6 +142,45 @@ def speed(options: argparse.Namespace) -> list[Table]:
             [f"The card's rate: {rate / 1e12:.0f} TFLOP/s in a product of 8192 x 8192 matrices."],
         ),
     ]
+
+
+def offload(options: argparse.Namespace) -> Table:
+    """Layers that wait in the CPU's memory: time and memory of a layer-wise sweep, by how many clips share a pass."""
+    rows: list[list[str | int | float]] = []
+    shape = "Qwen2-Audio 7B"
+    with model(shape, options.dtype, options) as (lalm, _, corrupted, _grid):
+        clips = [lalm.random_encoding(TEXT, SHAPES[shape][1], seed) for seed in range(2, 2 + max(SHARED))]
+        sweeps = [Sweep(clip, corrupted, layer_grid(clip.tokens, range(lalm.num_layers)), IDS) for clip in clips]
+        expected = ReplayEngine(lalm).sweeps(sweeps[:1])[0].option_logits
+        for place in ("none", "cpu"):
+            if place == "cpu":
+                say(f"{shape}: moving layers to the CPU's memory")
+                lalm.module.to("cpu")
+                lalm.offloaded = Offloaded(lalm.module, torch.device(options.device), {}, on_disk=False)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            for count in SHARED:
+                say(f"{shape}: model.offload={place}, {count} clips")
+                engine, some = ReplayEngine(lalm), sweeps[:count]
+
+                def run(engine: ReplayEngine = engine, some: list[Sweep] = some) -> list[Readout]:
+                    engine.bases([(sweep.source, sweep.target, IDS) for sweep in some])
+                    return engine.sweeps(some)
+
+                worst = float(np.abs(run()[0].option_logits - expected).max())
+                seconds = timed(run, options)
+                rows.append([place, count, seconds / count, peak(options), worst])
+        size = sum(parameter.numel() * parameter.itemsize for parameter in lalm.module.parameters()) / 2**30
+    columns = [
+        "model.offload",
+        "clips that share passes",
+        "seconds per clip",
+        "peak, GiB",
+        "largest difference of a logit",
+    ]
+    return Table(
+        f"{shape}, layer-wise, base runs included, {options.dtype}", columns, rows, [f"Weights: {size:.1f} GiB."]
+    )
 
 
 def watched(lalm: RandomLALM, work: Callable[[], Any]) -> int:

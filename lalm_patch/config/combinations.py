@@ -134,6 +134,7 @@ def _check_approximation(settings: RunSettings) -> None:
         "site=tower": site.name == "tower",
         "backend=ndif": settings.backend.name == "ndif",
         f"metric={settings.metric.name}": settings.metric.name in WHOLE_VOCABULARY,
+        f"model.offload={settings.model.offload}": settings.model.offload != "none",  # gradients come back for weights
     }
     if refused := [setting for setting, is_asked in asked.items() if is_asked]:
         raise ConfigError(

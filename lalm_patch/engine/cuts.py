@@ -53,12 +53,11 @@ def masks(lalm: LALM, cuts: Iterable[Cut], positions: int) -> Mapping[int, Tenso
     In the decoder's type, with its smallest number where nothing is seen: what sdpa and eager attention both take.
     """
     future = torch.ones(positions, positions, dtype=torch.bool).triu(1)
-    decoder: Any = lalm.decoder_module
     made = {}
     for layer, own in by_layer(cuts).items():
         hidden = blocked(own, positions, lalm.num_heads) | future
         mask = torch.zeros(hidden.shape, dtype=lalm.dtype).masked_fill(hidden, torch.finfo(lalm.dtype).min)
-        made[layer] = mask[None].to(next(decoder.layers[layer].parameters()).device)
+        made[layer] = mask[None].to(lalm.layer_device(layer))
     return made
 
 

@@ -166,6 +166,14 @@ class LALM:
         weight: Tensor = self.module.get_input_embeddings().weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a decoder layer computes."""
+        if self.offloaded is not None:
+            return self.offloaded.device
+        decoder: Any = self.decoder_module
+        device: torch.device = next(decoder.layers[layer].parameters()).device
+        return device
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the decoder."""

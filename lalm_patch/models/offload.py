@@ -83,7 +83,8 @@ class Offloaded:
     """Brings the weights of a model's layers in.
 
     Args:
-        module: the model; every list of modules in it, that is in no other, is a row of layers.
+        module: the model; every list of modules in it, that is in no other, is a row of layers. A row that takes no
+            more than two of the largest layers (the audio encoder of a large model) stays where the model computes.
         device: where it computes.
         dtypes: what each parameter, by its name, is computed with.
         on_disk: whether weights stay in the files they are mapped from; else in the CPU's memory.
@@ -103,7 +104,7 @@ class Offloaded:
         self.where = where
         self.device = device
         self.on_disk = on_disk
-        rows = dict(rows_of_layers(module))
+        rows = dict(_offloaded_layers(module))
         self.names = list(rows)
         of_layers = {parameter: name for name, layer in rows.items() for parameter in layer.parameters()}
         self._layers: list[list[_Stored]] = [[] for _ in rows]
@@ -205,6 +206,18 @@ def rows_of_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
                 yield f"{path}.{number}", layer
         else:
             yield from rows_of_layers(child, f"{path}.")
+
+
+def _offloaded_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of rows that are too large to stay."""
+    sizes: dict[str, list[int]] = {}
+    for name, layer in rows_of_layers(module):
+        size = sum(parameter.numel() for parameter in layer.parameters())
+        sizes.setdefault(name.rpartition(".")[0], []).append(size)
+    largest = max((max(row) for row in sizes.values()), default=0)
+    for name, layer in rows_of_layers(module):
+        if sum(sizes[name.rpartition(".")[0]]) > 2 * largest:
+            yield name, layer
 
 
 def _mapped_files() -> list[tuple[int, int, int, Path]]:
