@@ -7,6 +7,7 @@ for: a run that several sweeps start from is then computed once.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,12 @@ class LayerInputs:
 
 def layer_inputs(lalm: LALM, embeds: Tensor, position_ids: Tensor, **extra: Any) -> LayerInputs:
     """Let the decoder prepare a sequence [1, positions, hidden] for its layers; none of them is computed."""
-    with torch.no_grad(), lalm.decoder.trace(inputs_embeds=embeds, position_ids=position_ids, **extra) as tracer:
+    resting = nullcontext() if lalm.offloaded is None else lalm.offloaded.resting()
+    with (
+        resting,
+        torch.no_grad(),
+        lalm.decoder.trace(inputs_embeds=embeds, position_ids=position_ids, **extra) as tracer,
+    ):
         received = nnsight.save(lalm.layers[0].inputs)
         tracer.stop()
     args, keywords = received
@@ -200,7 +206,7 @@ class BaseRun:
         keywords = {  # layers may call it otherwise than the decoder does
             name: cache if value is self._unused else value for name, value in prepared.keywords.items()
         }
-        layer: Any = self.lalm.layers[index]
+        layer = self.lalm.layer(index)
         with torch.no_grad(), layer.trace(entering, *prepared.rest, **keywords):
             found = nnsight.save([states_at(layer, site)[0, self.first :].clone() for site in wanted])
             leaving = layer.output.save()

@@ -317,7 +317,7 @@ class ReplayEngine:
     ) -> Tensor:
         """States [1, tokens, hidden] after a layer, with states put in on the way."""
         keywords = inputs.keywords | {"suffixes": layout}
-        wrapped: Any = self.lalm.layers[layer]
+        wrapped = self.lalm.layer(layer)
         with torch.no_grad(), self._suffixes:
             if not writes:  # nothing to intervene in
                 module: Any = self._modules[layer]

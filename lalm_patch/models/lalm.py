@@ -21,6 +21,7 @@ from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.offload import Offloaded, computed_dtypes
+from lalm_patch.models.placement import dtype_of, placement
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.models.weights import check_finite
@@ -97,7 +98,7 @@ class LALM:
             ConfigError: an unknown family, dtype or device.
         """
         checkpoint = find_checkpoint(settings)
-        weights, device = _placement(settings)
+        weights, device = placement(settings)
         weights["attn_implementation"] = settings.attn_implementation
         family_class = _family(settings, checkpoint)
         with checkpoint.verified():
@@ -113,7 +114,7 @@ class LALM:
         if settings.offload != "none":
             assert device is not None
             language_model = _path(module, _role(module, "get_decoder", "a decoder")).rpartition(".")[0]
-            dtypes = computed_dtypes(module, _dtype(settings), "" if family.whole_dtype else language_model)
+            dtypes = computed_dtypes(module, dtype_of(settings), "" if family.whole_dtype else language_model)
             offloaded = Offloaded(module, device, dtypes, settings.offload == "disk", _places(checkpoint))
         else:
             if device is not None:
@@ -129,7 +130,7 @@ class LALM:
         checkpoint = find_checkpoint(settings, weights=False)
         module, family = _family(settings, checkpoint).outline(checkpoint)
         _check_processor(family, module, checkpoint)
-        module.to(_dtype(settings))
+        module.to(dtype_of(settings))
         return cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
 
     # --- shapes and places -------------------------------------------------------------------------------------
@@ -165,6 +166,13 @@ class LALM:
         """Device of the token embeddings, where inputs go; the CPU for a model that is only an outline."""
         weight: Tensor = self.module.get_input_embeddings().weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+    def layer(self, index: int) -> Any:
+        """nnsight's wrapper of a decoder layer that is traced by itself, its weights in place."""
+        decoder: Any = self.decoder_module
+        if self.offloaded is not None:  # nnsight takes inputs to the device that it finds the weights on
+            self.offloaded.bring_in(decoder.layers[index])
+        return self.layers[index]
 
     def layer_device(self, layer: int) -> torch.device:
         """Where a decoder layer computes."""
@@ -356,49 +364,3 @@ def _role(module: PreTrainedModel, getter: str, what: str) -> Any:
     if found is None:
         raise ModelError(f"{type(module).__name__} has no {what} (`{getter}()`); this architecture is not supported")
     return found
-
-
-def _dtype(settings: ModelSettings) -> torch.dtype:
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"model.dtype={settings.dtype!r}: expected float32, bfloat16 or float16")
-    return dtype
-
-
-def device_name(settings: ModelSettings) -> str:
-    """The device that `auto` means on this machine, or the one that is set."""
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:
-    """`from_pretrained`'s keywords, and the device to move to afterwards (None: the device map decides)."""
-    dtype = _dtype(settings)
-    if settings.device_map is not None and settings.offload != "none":
-        raise ConfigError(
-            f"model.offload={settings.offload} and model.device_map={settings.device_map} both place the weights; "
-            "leave one of them out"
-        )
-    if settings.device_map is not None:
-        try:
-            import accelerate  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                f"model.device_map={settings.device_map} needs the package accelerate: pip install 'lalm_patch[gpu]'"
-            ) from None
-        return {"dtype": dtype, "device_map": settings.device_map}, None
-    name = device_name(settings)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"model.device={name!r}: expected auto, cpu, cuda or cuda:<number>") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"model.device={name}: this machine has no usable GPU; set model.device=cpu")
-    if settings.offload == "cpu" and device.type == "cpu":
-        raise ConfigError(
-            "model.offload=cpu keeps a GPU's layers in the CPU's memory, and this model runs on the CPU; set "
-            "model.offload=disk for one that is larger than the memory"
-        )
-    # Offloaded weights stay as they are in their files, and take their type when they are brought in.
-    return {"dtype": dtype if settings.offload == "none" else "auto"}, device

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,17 +132,28 @@ class Offloaded:
         self._worker = ThreadPoolExecutor(1, "weights")
         cuda: Any = torch.cuda  # without types
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
-        for index, layer_module in enumerate(rows.values()):
+        self._resting = False
+        self._numbers = {layer_module: index for index, layer_module in enumerate(rows.values())}
+        for layer_module, index in self._numbers.items():
             layer_module.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
 
-    @property
-    def passes(self) -> int:
-        """How often all weights were brought in: the largest number of a layer."""
-        return max(self.reads, default=0)
+    def bring_in(self, layer: nn.Module) -> None:
+        """Have a layer's weights where it computes: for who looks at its device before calling it."""
+        if (index := self._numbers.get(layer)) is not None:
+            self._enter(index)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing is brought in while the context is open: for calls that end at a layer's door."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
 
     def _enter(self, index: int) -> None:
         """A layer is about to be called."""
-        if index in self._here:
+        if index in self._here or self._resting:
             return
         for other in list(self._here):
             self._leave(other)

@@ -37,7 +37,7 @@ from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, TokenTable
-from lalm_patch.models.lalm import device_name
+from lalm_patch.models.placement import device_name
 from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
 from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Record
