@@ -14,7 +14,7 @@ from lalm_patch.models import LALM
 GIB = 2**30
 GPU_SHARE, CPU_SHARE = 0.5, 0.25
 """Parts of the free memory that packs take: on a CPU other programs want some too."""
-PACK_TOKENS = {"cpu": 2048, "cuda": 32768}
+PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Positions that go through a layer together where nothing else is set: a CPU's caches are small, a GPU wants more."""
 PACK_SHARE, STATES_SHARE, KEPT_SHARE = 0.5, 0.25, 0.25
 """Parts of a budget: what happens inside a layer, the states of the cells on their way, base runs that are kept."""

@@ -11,6 +11,11 @@ from lalm_patch.settings import ModelSettings
 
 
 def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """What the model computes with.
+
+    Raises:
+        ConfigError: no floating-point type of torch.
+    """
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"model.dtype={settings.dtype!r}: expected float32, bfloat16 or float16")
