@@ -1,8 +1,8 @@
 """Commands as processes of their own: real exit codes, signals and streams.
 
 `fresh` starts a new interpreter, as a user's shell does: of every kind of command one test does that. `start` and `run`
-fork from a server that has imported what runs import, which takes longer than most runs of the tests; everything else
-is as with a new interpreter.
+fork from a server that has imported what runs import, which takes longer than most runs of the tests, and its pictures
+are coarse (`pictures.py`); everything else is as with a new interpreter.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
+
+import pictures
+
+from lalm_patch.figures import style
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -139,6 +143,7 @@ def _carry_out(
     os.environ.update(environment)
     os.chdir(folder)
     warnings.filterwarnings("error", category=UserWarning, module=r"lalm_patch\Z")
+    style.rendered = pictures.coarse
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])
         sys.path.insert(0, str(folder))

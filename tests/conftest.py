@@ -146,13 +146,13 @@ def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.fixture(scope="module")
 def without_pdfs() -> Iterator[None]:
-    """For modules of many runs that look at other things than pictures: no PDFs, whose fonts take a quarter of a small
-    run, and coarse PNGs."""
+    """For modules of many runs that look at other things than pictures."""
+    import pictures
+
     from lalm_patch.figures import style
 
-    whole = style.rendered
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "rendered", lambda figure, kind: b"-" if kind == "pdf" else whole(figure, kind, dpi=40))
+        patch.setattr(style, "rendered", pictures.coarse)
         yield
 
 
