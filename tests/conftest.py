@@ -9,6 +9,8 @@ from __future__ import annotations
 import offline  # noqa: F401  (before the libraries that read it)
 
 # isort: on
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,14 @@ ANIMAL = Attribute(
     "The sound file's animal is",
     "Animal",
 )
+
+
+def pytest_runtest_teardown() -> None:
+    """Once the libraries are imported, collections of garbage leave them out: looking at all of their objects again and
+    again is a twentieth of a run's time."""
+    if not gc.get_freeze_count() and "nnsight" in sys.modules and "torch" in sys.modules:
+        gc.collect()
+        gc.freeze()
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
