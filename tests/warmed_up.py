@@ -14,14 +14,11 @@ import rich.progress  # noqa: F401
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen2_audio.processing_qwen2_audio  # noqa: F401
 import xarray.computation.nanops  # noqa: F401
-from hydra.core.plugins import Plugins
 
-import lalm_patch.sweep.sweeper
 import lalm_patch.tracing.remote  # noqa: F401
 from lalm_patch.config import compose
 from lalm_patch.models import LALM
 
-Plugins.instance()
 with contextlib.redirect_stderr(io.StringIO()):  # a bar
     LALM.load(compose().model)
 gc.collect()
