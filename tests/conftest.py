@@ -11,7 +11,7 @@ import offline  # noqa: F401  (before the libraries that read it)
 # isort: on
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,33 @@ def without_pdfs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style, "rendered", pictures.coarse)
         yield
+
+
+@pytest.fixture(scope="module")
+def demos_opened_once() -> Iterator[None]:
+    """For modules of many runs that are not about loading: a demo, which stays as it is, is opened once in all of them;
+    what a run proves of it and of its engine is proven each time."""
+    from lalm_patch.models import LALM
+    from lalm_patch.models.checkpoint import BUNDLED
+
+    def once(opened: Callable[[ModelSettings], LALM]) -> Callable[[ModelSettings], LALM]:
+        def lalm(settings: ModelSettings) -> LALM:
+            if settings.id not in BUNDLED:
+                return opened(settings)
+            key = (opened.__name__, repr(settings))
+            if key not in _demos:
+                _demos[key] = opened(settings)
+            return _demos[key]
+
+        return lalm
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load", "outline"):
+            patch.setattr(LALM, name, once(getattr(LALM, name)))
+        yield
+
+
+_demos: dict[tuple[str, str], LALM] = {}
 
 
 @pytest.fixture(scope="module")
