@@ -1,8 +1,8 @@
 """Commands as processes of their own: real exit codes, signals and streams.
 
 `fresh` starts a new interpreter, as a user's shell does: of every kind of command one test does that. `start` and `run`
-fork from a server that has imported what runs import, which takes longer than most runs of the tests; everything else
-is as with a new interpreter.
+fork from a server that has imported what runs import, which takes longer than most runs of the tests, and its pictures
+are coarse (`pictures.py`); everything else is as with a new interpreter.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+import pictures
+
+from lalm_patch.figures import style
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     **os.environ,
@@ -32,6 +36,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
 }
+_OF_SERVER = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)))}
 LALM_PATCH = ("-m", "lalm_patch")
 PATIENCE = 240
 """Seconds after which a command hangs."""
@@ -45,18 +50,19 @@ _children.set_forkserver_preload(
         "lalm_patch.models.lalm",
         "lalm_patch.tracing.tracer",
         "h5netcdf",
-        "matplotlib.backends.backend_pdf",
         "pytest",
         "requests",
+        "seaborn",
         "transformers.models.qwen2_audio.modeling_qwen2_audio",
         "transformers.tokenization_mistral_common",
+        "warmed_up",
     ]
 )
 
 
 def fork(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """A child of the server that calls `target`; it does not outlive this process."""
-    with mock.patch.dict(os.environ, ENVIRONMENT):  # else the server might import an installed package, not this one
+    with mock.patch.dict(os.environ, _OF_SERVER):  # else the server might import an installed package, not this one
         forkserver.ensure_running()
     child = _children.Process(target=target, args=arguments, daemon=True)
     child.start()
@@ -67,12 +73,16 @@ class Forked:
     """A command forked from the server; methods and attributes are those of `subprocess.Popen`."""
 
     def __init__(
-        self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], as_user: bool = False
+        self,
+        folder: Path,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        begin: Callable[[], object] | None = None,
     ) -> None:
         self.args = arguments
         self._streams = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 (closed by communicate)
         names = [stream.name for stream in self._streams]
-        self._child = fork(_carry_out, folder, arguments, {**ENVIRONMENT, **environment}, names, as_user)
+        self._child = fork(_carry_out, folder, arguments, {**ENVIRONMENT, **environment}, names, begin)
 
     @property
     def pid(self) -> int:
@@ -124,7 +134,11 @@ def obey_permissions() -> None:
 
 
 def _carry_out(
-    folder: Path, arguments: tuple[str, ...], environment: dict[str, str], streams: list[str], as_user: bool
+    folder: Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    streams: list[str],
+    begin: Callable[[], object] | None,
 ) -> None:
     """In the child: what `python ARGUMENTS` does, in a folder and an environment."""
     for number, name in enumerate(streams, start=1):
@@ -133,12 +147,13 @@ def _carry_out(
         os.close(descriptor)
     # A shell that starts the tests in the background lets them ignore Ctrl-C; a user's terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if as_user:
-        obey_permissions()
+    if begin is not None:
+        begin()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     warnings.filterwarnings("error", category=UserWarning, module=r"lalm_patch\Z")
+    style.rendered = pictures.coarse
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])
         sys.path.insert(0, str(folder))
@@ -151,11 +166,19 @@ def _carry_out(
 
 def start(folder: Path, *arguments: str, as_user: bool = False, **environment: str) -> Forked:
     """Start `python ARGUMENTS` in a folder, forked from the server; `as_user` as one whom permissions stop."""
-    return Forked(folder, arguments, environment, as_user)
+    return Forked(folder, arguments, environment, obey_permissions if as_user else None)
 
 
-def start_fresh(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start `python ARGUMENTS` in a folder and a new interpreter."""
+def start_fresh(
+    folder: Path, *arguments: str, begin: Callable[[], object] | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """Start `python ARGUMENTS` in a folder and a new interpreter; it calls `begin` first."""
+
+    def before() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in `_carry_out`
+        if begin is not None:
+            begin()
+
     process = subprocess.Popen(
         [sys.executable, "-W", "error::UserWarning:lalm_patch", *arguments],
         cwd=folder,
@@ -163,15 +186,25 @@ def start_fresh(folder: Path, *arguments: str, **environment: str) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # as in `_carry_out`
+        preexec_fn=before,
     )
     atexit.register(process.kill)  # of a test that failed in between
     return process
 
 
-def run(folder: Path, *arguments: str, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Carry out `python ARGUMENTS` in a folder; in a new interpreter or forked from the server."""
-    process = (start_fresh if fresh else start)(folder, *arguments, **environment)
+def run(
+    folder: Path,
+    *arguments: str,
+    fresh: bool = False,
+    begin: Callable[[], object] | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Carry out `python ARGUMENTS` in a folder; in a new interpreter or forked from the server. It calls `begin` first,
+    which can be pickled."""
+    if fresh:
+        process: Forked | subprocess.Popen[str] = start_fresh(folder, *arguments, begin=begin, **environment)
+    else:
+        process = Forked(folder, arguments, environment, begin)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode is not None
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

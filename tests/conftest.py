@@ -9,7 +9,9 @@ from __future__ import annotations
 import offline  # noqa: F401  (before the libraries that read it)
 
 # isort: on
-from collections.abc import Iterator
+import gc
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,14 @@ ANIMAL = Attribute(
     "The sound file's animal is",
     "Animal",
 )
+
+
+def pytest_runtest_teardown() -> None:
+    """Once the libraries are imported, collections of garbage leave them out: looking at all of their objects again and
+    again is a twentieth of a run's time."""
+    if not gc.get_freeze_count() and "nnsight" in sys.modules and "torch" in sys.modules:
+        gc.collect()
+        gc.freeze()
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -146,14 +156,41 @@ def qwen(qwen_folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.fixture(scope="module")
 def without_pdfs() -> Iterator[None]:
-    """For modules of many runs that look at other things than pictures: no PDFs, whose fonts take a quarter of a small
-    run, and coarse PNGs."""
+    """For modules of many runs that look at other things than pictures."""
+    import pictures
+
     from lalm_patch.figures import style
 
-    whole = style.rendered
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "rendered", lambda figure, kind: b"-" if kind == "pdf" else whole(figure, kind, dpi=40))
+        patch.setattr(style, "rendered", pictures.coarse)
         yield
+
+
+@pytest.fixture(scope="module")
+def demos_opened_once() -> Iterator[None]:
+    """For modules of many runs that are not about loading: a demo, which stays as it is, is opened once in all of them;
+    what a run proves of it and of its engine is proven each time."""
+    from lalm_patch.models import LALM
+    from lalm_patch.models.checkpoint import BUNDLED
+
+    def once(opened: Callable[[ModelSettings], LALM]) -> Callable[[ModelSettings], LALM]:
+        def lalm(settings: ModelSettings) -> LALM:
+            if settings.id not in BUNDLED:
+                return opened(settings)
+            key = (opened.__name__, repr(settings))
+            if key not in _demos:
+                _demos[key] = opened(settings)
+            return _demos[key]
+
+        return lalm
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load", "outline"):
+            patch.setattr(LALM, name, once(getattr(LALM, name)))
+        yield
+
+
+_demos: dict[tuple[str, str], LALM] = {}
 
 
 @pytest.fixture(scope="module")

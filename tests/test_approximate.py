@@ -27,7 +27,7 @@ from lalm_patch.report import make_report
 from lalm_patch.settings import APPROXIMATE
 from lalm_patch.stimuli import Prompt
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 SITES = (Site.RESID, Site.ATTN, Site.MLP, Site.HEAD)
 

@@ -26,7 +26,7 @@ from lalm_patch.models.tokens import Clock
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 TOLERANCE = 1e-5
 

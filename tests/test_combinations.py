@@ -129,7 +129,7 @@ def test_what_is_refused_is_refused_with_a_reason_and_an_alternative() -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.usefixtures("without_pdfs")
+@pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 def test_every_pair_of_choices_runs(part: int, tmp_path: Path) -> None:
     for combination in covering()[part::PARTS]:
         settings = settings_of(combination)

@@ -23,7 +23,7 @@ from lalm_patch.settings import CorruptionSettings
 from lalm_patch.stimuli import Partners, Prompt, Record, fitted
 from lalm_patch.tracing.corruptions import Corruption
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 TOLERANCE = 1e-5
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import seaborn
 import xarray as xr
 
 from benchmarks.simulation import ROLES, Planted, simulate
 from lalm_patch.analysis import mean_recovery, variants
 from lalm_patch.errors import DataError
 from lalm_patch.figures import plot_clip, plot_layers, plot_ledger, plot_segments, styled
-from lalm_patch.figures.style import in_order, looks
+from lalm_patch.figures.style import PALETTE, in_order, looks
 from lalm_patch.figures.sweep import draw_layers, layer_rows
 
 
@@ -33,6 +34,10 @@ def sweep(attributes: tuple[str, ...] = ("gender", "animal"), token_wise: bool =
         for index, (model, truth) in enumerate(planted.items())
         for attribute in attributes
     ]
+
+
+def test_the_palette_is_seaborns() -> None:
+    assert list(PALETTE) == seaborn.color_palette("colorblind")
 
 
 def test_figure_2_holds_every_run_and_its_n(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lalm_patch.models import LALM, Encoding
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Prompt
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 TOLERANCE = 1e-5
 KNOCKOUT = ("attr=gender", "data.limit=6", "direction=noising")

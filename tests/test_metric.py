@@ -20,7 +20,7 @@ from lalm_patch.models import LALM
 from lalm_patch.report import make_report
 from lalm_patch.stimuli import Attribute, Prompt, load_demo
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 
 @pytest.fixture(scope="module")

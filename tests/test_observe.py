@@ -23,7 +23,7 @@ from lalm_patch.figures import plot_grounding, plot_lens
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.stimuli import Prompt
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 
 def decoder_pass(lalm: LALM, encoding: Encoding, **wanted: bool) -> object:

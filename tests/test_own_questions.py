@@ -78,6 +78,7 @@ def test_twelve_questions_killed_gone_on_collected_and_reported(tmp_path: Path, 
         "data=table",
         f"data.path={table}",
         "granularity=token",
+        "granularity.layers=[0,2]",
         "prompt.answer=whole",
         "trace_excluded=true",
     )

@@ -21,7 +21,7 @@ from lalm_patch.results.dataset import build_dataset
 from lalm_patch.stimuli import Prompt
 from lalm_patch.storage.run_store import SampleRecord
 
-pytestmark = pytest.mark.usefixtures("without_pdfs")
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
 TOLERANCE = 1e-5
 

@@ -180,8 +180,9 @@ def test_a_failed_run_does_not_stop_its_siblings(tmp_path: Path, tiny: tuple[str
 
 def test_joblib_survives_a_killed_worker(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     """The pool breaks, its runs are started again; meanwhile a second process on one of the runs is refused."""
-    slow = (*tiny, "granularity=token", "engine=direct", "granularity.layers=[0,2]")
+    slow = (*tiny, "granularity=token", "engine=direct", "granularity.layers=[1]")
     launcher = ("hydra/launcher=lalm_patch_joblib", "hydra.launcher.n_jobs=2")
+    identity = run_identity(compose(*slow, "data.limit=5"))
     sweep = commands.start_fresh(tmp_path, *commands.LALM_PATCH, "-m", *launcher, *slow, "data.limit=4,5")
     folder = tmp_path / "outputs" / compose(*slow, "data.limit=5").run_name
     deadline = time.monotonic() + 200
@@ -189,7 +190,6 @@ def test_joblib_survives_a_killed_worker(tmp_path: Path, tiny: tuple[str, ...]) 
         assert sweep.poll() is None, sweep.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    identity = run_identity(compose(*slow, "data.limit=5"))
     with pytest.raises(BusyError, match=r"in use by another process \(pid \d+ on "):
         RunStore(folder, identity)
     found = re.match(r"pid (\d+) on", (folder / ".lock").read_text())

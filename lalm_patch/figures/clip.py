@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn
 import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from lalm_patch.analysis import about, licence, run_settings
 from lalm_patch.analysis.options import option_texts
 from lalm_patch.errors import DataError
 from lalm_patch.figures.run import axis_name, brackets
-from lalm_patch.figures.style import as_csv, canvas, label, save, styled, words
+from lalm_patch.figures.style import PALETTE, as_csv, canvas, diverging, label, save, styled, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +107,7 @@ def draw_answers(axes: Axes, clip: xr.Dataset, options: list[str]) -> None:
         - float(clip["logsumexp_corrupted"]),
         f"patched, best cell: {place}": patched - clip["logsumexp_patched"].values[best],
     }
-    colours = seaborn.color_palette("colorblind")
+    colours = PALETTE
     for index, (name, logs) in enumerate(runs.items()):
         values = np.exp(logs[: len(options)])
         offset = (1 - index) * 0.26
@@ -144,7 +143,7 @@ def _draw(clip: xr.Dataset, sample: str, waveform: np.ndarray, rate: int, title:
     if columns:
         values = rates.values[:, used] if not timed else rates.values[:, _in_time(clip)]
         limit = min(max(1.0, float(np.nanmax(np.abs(values)))), STRONGEST)
-        colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
+        colours = diverging()
         image = axes.pcolormesh(edges, np.arange(len(values) + 1), values, cmap=colours, norm=Normalize(-limit, limit))
         image.set_rasterized(True)
         step = max(1, int(np.ceil(0.15 * len(values) / height)))

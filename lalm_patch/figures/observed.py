@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import seaborn
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -19,7 +18,7 @@ from lalm_patch.analysis import (
     seen_in_audio,
 )
 from lalm_patch.figures.run import heatmap
-from lalm_patch.figures.style import as_csv, canvas, label, save, styled, words
+from lalm_patch.figures.style import PALETTE, as_csv, canvas, label, save, styled, words
 
 CAUSAL, SEEN, IN_AUDIO = "causal", "logit lens, last token", "logit lens, best audio position"
 
@@ -78,7 +77,7 @@ def _draw_layers(dataset: xr.Dataset, rows: list[dict[str, object]]) -> Figure:
         axes.axvspan(window[0] - 0.5, window[1] - 0.5, color="#f0e2c4", lw=0, label="attention planted here")
     for level in (0, 1):
         axes.axhline(level, color="0.45", lw=0.7, zorder=1.5)
-    palette = seaborn.color_palette("colorblind")
+    palette = PALETTE
     for index, (curve, style) in enumerate(((CAUSAL, "-"), (SEEN, "--"), (IN_AUDIO, ":"))):
         own = [row for row in rows if row["curve"] == curve]
         x, mean, low, high = (np.array([row[key] for row in own], float) for key in ("layer", "mean", "low", "high"))
@@ -132,7 +131,7 @@ def plot_grounding(dataset: xr.Dataset, folder: Path, name: str = "grounding") -
     ]
     with styled():
         figure, axes = canvas(3.6, 2.6)
-        colours = seaborn.color_palette("colorblind")
+        colours = PALETTE
         for index, row in enumerate(rows):
             value = float(str(row["auroc"]))
             if np.isfinite(value):

@@ -10,7 +10,6 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn
 import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lalm_patch.analysis import about, mean_recovery, planted_window, segments, why_none_counts
 from lalm_patch.analysis.early_text import accuracy_without_early_audio
-from lalm_patch.figures.style import ROLE_COLOURS, canvas, label, save, styled, words
+from lalm_patch.figures.style import PALETTE, ROLE_COLOURS, canvas, diverging, label, save, styled, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +84,7 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     layers = recovery["layer"].values
     figure, axes = canvas(float(np.clip(0.14 * len(layers), 4.2, 6.5)), 2.9)
     mean, low, high = (recovery[name].values for name in ("mean", "low", "high"))
-    blue = seaborn.color_palette("colorblind")[0]
+    blue = PALETTE[0]
     window = planted_window(dataset)
     if window:
         axes.axvspan(window[0] - 0.5, window[1] - 0.5, color="#f0e2c4", lw=0, label="attention planted here")
@@ -104,7 +103,7 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     axes.plot(layers, mean, color=blue, lw=1.6, marker="o", ms=3.5, zorder=3, label="mean")
     if about(dataset).knockout:
         table = accuracy_without_early_audio(dataset)
-        orange = seaborn.color_palette("colorblind")[1]
+        orange = PALETTE[1]
         text = f"clips still right (scores saved: {float(table['saved'].max()):.0%} in all layers)"
         axes.plot(layers, table["accuracy"], color=orange, lw=1.4, marker="s", ms=3.5, zorder=3, label=text)
     axes.set(xlabel=axis_name(recovery["layer"]), ylabel=about(dataset).measure, ylim=(bottom, top))
@@ -172,7 +171,7 @@ def heatmap(
     width, height = figure.get_size_inches()
     largest = max(float(np.nanmax(np.abs(values))) for values in (means, *others))
     limit = min(max(1.0, largest), STRONGEST)
-    colours = seaborn.color_palette("vlag", as_cmap=True).with_extremes(bad="0.8")
+    colours = diverging()
     image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
     rows = np.arange(0, len(layers), max(1, int(np.ceil(0.15 * len(layers) / height))))
     axes.set_yticks(rows + 0.5, [str(layer) for layer in layers.values[rows]], fontsize=8)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
@@ -23,6 +23,7 @@ from lalm_patch.storage.journal import replace_file, storage_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
 
 DPI = 200
 LONGEST_LABEL = 18
@@ -39,6 +40,10 @@ ATTRIBUTES = ("animal", "emotion", "gender", "language")
 """Order of the panels; other attributes follow by name."""
 
 # The models of the paper look the same in every figure: Wong's colour-blind safe colours, and marks for print.
+_COLOURS = ("0173b2", "de8f05", "029e73", "d55e00", "cc78bc", "ca9161", "fbafe4", "949494", "ece133", "56b4e9")
+PALETTE = tuple(to_rgb(f"#{colour}") for colour in _COLOURS)
+"""Seaborn's "colorblind"; importing seaborn takes longer than drawing most figures, so only `diverging` does it."""
+
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 FONT = "DejaVu Sans"
@@ -89,9 +94,16 @@ def styled() -> AbstractContextManager[None]:
 
 def looks(models: Iterable[str]) -> dict[str, tuple[Any, str]]:
     """Colour and mark of each model; those of the paper always have the same."""
-    palette = seaborn.color_palette("colorblind")
     order = [*ALL_MODELS, *sorted(set(models) - set(ALL_MODELS))]
-    return {name: (palette[k % len(palette)], _MARKS[k % len(_MARKS)]) for k, name in enumerate(order)}
+    return {name: (PALETTE[k % len(PALETTE)], _MARKS[k % len(_MARKS)]) for k, name in enumerate(order)}
+
+
+def diverging() -> Colormap:
+    """Colours of rates, blue below zero and red above; grey where there is none."""
+    import seaborn
+
+    colours: Colormap = seaborn.color_palette("vlag", as_cmap=True)
+    return colours.with_extremes(bad="0.8")
 
 
 def in_order(attributes: Iterable[str]) -> list[str]:

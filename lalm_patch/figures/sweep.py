@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import seaborn
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,7 +20,7 @@ from lalm_patch.analysis import (
     segment_profiles,
     variants,
 )
-from lalm_patch.figures.style import ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
+from lalm_patch.figures.style import PALETTE, ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
 
 Rows = list[dict[str, Any]]
 
@@ -213,7 +212,7 @@ def draw_ledger(rows: Rows) -> Figure:
     """The picture of `plot_ledger` from its rows; to be called within `styled()`."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     reasons = sorted({row["reason"] for row in rows} - {KEPT})
-    palette = seaborn.color_palette("colorblind")
+    palette = PALETTE
     colours = {KEPT: palette[0], **{reason: palette[1 + k] for k, reason in enumerate(reasons)}}
     hatches = {KEPT: "", **{reason: ("///", "...", "xxx", "---")[k % 4] for k, reason in enumerate(reasons)}}
     figure, axes = panels(len(runs), 3.1, 2.2, gap=0.9 + LEGEND_LINE * (1 + len(reasons)))

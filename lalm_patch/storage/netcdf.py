@@ -36,12 +36,18 @@ def sanitise(dataset: xr.Dataset) -> xr.Dataset:
 
     Raises TypeError, naming the variable or attribute, for what has no such form.
     """
-    stored = dataset.copy().drop_encoding()
-    stored.attrs = _attributes(dataset.attrs, "the dataset")
-    for name, variable in dataset.variables.items():
-        values = _values(np.asarray(variable.values), str(name))
-        stored[name] = (variable.dims, values, _attributes(variable.attrs, f"variable {name!r}"))
-    return stored
+    import xarray as xr
+
+    variables = {
+        name: (
+            variable.dims,
+            _values(np.asarray(variable.values), str(name)),
+            _attributes(variable.attrs, f"variable {name!r}"),
+        )
+        for name, variable in dataset.variables.items()
+    }
+    coords = {name: variables.pop(name) for name in dataset.coords}
+    return xr.Dataset(variables, coords, _attributes(dataset.attrs, "the dataset"))
 
 
 def to_bytes(dataset: xr.Dataset) -> bytes:
