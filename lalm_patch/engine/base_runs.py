@@ -152,6 +152,14 @@ class BaseRun:
             self._current = layer, view
         return view
 
+    def computes_from(self, layer: int) -> int:
+        """The layer from which on it has to compute to have the view of a layer; that layer, where it is kept."""
+        if layer in self._kept:
+            return layer
+        if self._layer <= layer:
+            return self._layer
+        return max((mark for mark in self._marks if mark <= layer), default=0)
+
     def logits(self) -> Tensor:
         """Logits [1, vocabulary] at the last position; what is missing of the run is computed."""
         if self._logits is None:
@@ -193,7 +201,7 @@ class BaseRun:
 
     def _go_to(self, layer: int) -> None:
         if layer < self._layer:
-            below = max((mark for mark in self._marks if mark <= layer), default=0)
+            below = self.computes_from(layer)
             self._layer, self._states = below, self._marks.get(below)
         while self._layer < layer:
             self._step()

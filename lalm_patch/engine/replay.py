@@ -202,6 +202,13 @@ class ReplayEngine:
     def _go_up(self, parts: Sequence[PassPart], lowest: int, later: set[int], budget: float) -> None:
         """One pass up the layers, from the lowest that a cell starts at; `later` passes start at those layers."""
         tokens = tokens_within(budget, self.lalm, max(part.clip.length for part in parts))
+        # Base runs that are not kept come up to it side by side: one after another, they would call for all weights.
+        runs = {id(run): run for part in parts for run in (part.clip.target, part.clip.source)}.values()
+        begins = {id(run): run.computes_from(lowest) for run in runs}
+        for layer in range(min(begins.values()), lowest):
+            for run in runs:
+                if layer >= begins[id(run)]:
+                    run.view(layer)
         for layer in range(lowest, self.lalm.num_layers + 1):
             for part in parts:
                 clip = part.clip
