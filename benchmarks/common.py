@@ -215,7 +215,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--hidden", type=int, default=512)
     made.add_argument("--text", type=int, default=40, help="text positions after the audio")
     made.add_argument("--audio", type=int, default=375, help="audio positions (Voxtral: a multiple of 375)")
-    made.add_argument("--pack-tokens", type=int, default=2048)
+    made.add_argument("--pack-tokens", type=int, default=1024)
     made.add_argument("--repeats", type=int, default=3, help="times each measurement is repeated (median)")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread on a busy machine")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +18,15 @@ from lalm_patch.models import LALM
 GIB = 2**30
 GPU_SHARE, CPU_SHARE = 0.5, 0.25
 """Parts of the free memory that packs take: on a CPU other programs want some too."""
-PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
+PACK_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Positions that go through a layer together where nothing else is set: a CPU's caches are small, a GPU wants more."""
+ROW_TOKENS = 2048
+"""Positions of the rows that go through the model together on a server, likewise."""
 PACK_SHARE, STATES_SHARE, KEPT_SHARE = 0.5, 0.25, 0.25
 """Parts of a budget: what happens inside a layer, the states of the cells on their way, base runs that are kept."""
 MOST_CLIPS = 32
 """Clips that share passes, where nothing else is set: they are stored together, when all are done."""
-MOST_ROWS = 256
+MOST_ROWS = 64
 """Cells whose logits over the whole vocabulary are in memory at once."""
 ALLOCATOR_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -92,6 +98,21 @@ def free_budget(decoder: nn.Module) -> float:
     if gpus:
         return GPU_SHARE * min(torch.cuda.mem_get_info(device)[0] for device in gpus)
     return CPU_SHARE * _available_memory()
+
+
+def give_back_holes() -> None:
+    """Let the C library give memory back to the system that lies free between blocks in use.
+
+    Each layer makes and frees large blocks of many sizes among few that stay; glibc keeps what is freed, and the
+    process would grow to a multiple of what it needs. Elsewhere than with glibc nothing happens.
+    """
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], object] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

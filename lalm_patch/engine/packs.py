@@ -144,19 +144,23 @@ class Pack:
         bounds.append(len(self.cells))
         ends = [0, *self.ends.tolist()]
         return [
-            # A copy: a piece of the whole would hold on to all of it.
             Pack(
                 self.cells[low:high],
                 self.indices[low:high],
                 self.length,
-                self.states[:, ends[low] : ends[high]].clone(),
+                self.states[:, ends[low] : ends[high]],
             )
             for low, high in itertools.pairwise(bounds)
         ]
 
     def joined(self, other: Pack) -> Pack:
-        """This pack and another one as one."""
-        states = torch.cat([self.states, other.states.to(self.states.device)], dim=1)
+        """This pack and another one as one; neighbours in memory are not copied."""
+        own, others = self.states, other.states
+        end = own.storage_offset() + own.shape[1] * own.shape[2]
+        if own.untyped_storage().data_ptr() == others.untyped_storage().data_ptr() and others.storage_offset() == end:
+            states = own.as_strided((1, self.tokens + other.tokens, own.shape[2]), own.stride())
+        else:
+            states = torch.cat([own, others.to(own.device)], dim=1)
         return Pack(self.cells + other.cells, self.indices + other.indices, self.length, states)
 
 
@@ -174,7 +178,7 @@ def _gathered(patches: Iterable[tuple[Patch, int]], layer: int, length: int) -> 
     ]
 
 
-def started(pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
+def started(pack: Pack, layer: int, source: LayerView | None, target: LayerView, room: Tensor | None = None) -> Pack:
     """A pack whose cells all enter at a layer, with its states: suffixes of the run into which states are put, the
     other run's states written in.
 
@@ -183,9 +187,12 @@ def started(pack: Pack, layer: int, source: LayerView | None, target: LayerView)
         layer: the first layer that its cells have to be computed in.
         source: the run that states are taken from, at that layer; None where nothing is taken from what enters it.
         target: the run into which they are put, at that layer.
+        room: [1, tokens, hidden], where the states are put.
     """
     device = target.entering.device
     states = target.entering.index_select(0, on(pack.positions - target.first, device))
+    if room is not None:
+        states = room[0].copy_(states)
     where: list[int] = []
     positions: list[int] = []
     for cell, end in zip(pack.cells, pack.ends.tolist(), strict=True):

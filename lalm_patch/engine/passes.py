@@ -38,6 +38,25 @@ class ClipSweep:
     parts: list[tuple[Sequence[int], Readout]] = field(default_factory=list)
     done: int = 0
     told: int = 0
+    _room: Tensor | None = None
+    _used: int = 0
+
+    def make_room(self, like: Tensor, tokens: int) -> Tensor:
+        """Memory [1, tokens, hidden] for the states of cells that start: a part of one piece for all cells of the grid.
+
+        States that live on among short-lived ones would leave holes in the memory of a CPU.
+        """
+        if self._room is None or self._room.device != like.device:
+            every = sum(self.length - cell.first_position for cell in self.cells)
+            # Not touched yet, so it takes no memory yet.
+            self._room, self._used = like.new_empty(1, every, like.shape[-1]), 0
+        room = self._room[:, self._used : self._used + tokens]
+        self._used += tokens
+        return room
+
+    def end_pass(self) -> None:
+        """Cells have come out at the top: their memory is free."""
+        self._room, self._used = None, 0
 
     @property
     def length(self) -> int:

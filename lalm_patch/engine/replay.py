@@ -38,6 +38,7 @@ from lalm_patch.engine.memory import (
     PACK_TOKENS,
     base_run_bytes,
     free_budget,
+    give_back_holes,
     is_out_of_memory,
     rows_within,
     states_within,
@@ -73,7 +74,7 @@ class ReplayEngine:
 
     def __init__(self, lalm: LALM, pack_tokens: int | None = None, memory_budget: float | None = None) -> None:
         self.lalm = lalm
-        self.pack_tokens = PACK_TOKENS.get(lalm.device.type, 2048) if pack_tokens is None else pack_tokens
+        self.pack_tokens = PACK_TOKENS.get(lalm.device.type, PACK_TOKENS["cpu"]) if pack_tokens is None else pack_tokens
         self.memory_budget = memory_budget
         self._sites: set[Site] = set()
         self._first: int | None = None
@@ -219,6 +220,7 @@ class ReplayEngine:
                 self._start(clip, part.entering.get(layer, []), layer, source, target)
                 if layer < self.lalm.num_layers:
                     self._advance_all(clip, layer, source, target, tokens)
+            give_back_holes()
         for part in parts:
             self._read(part.clip, rows_within(budget, self.lalm))
 
@@ -230,8 +232,10 @@ class ReplayEngine:
             return
         indices = sorted(indices, key=lambda index: clip.cells[index].first_position)
         cells = [clip.cells[index] for index in indices]
-        pack = started(Pack.of(cells, indices, clip.length), layer, source, target)
-        if layer == self.lalm.num_layers:
+        pack = Pack.of(cells, indices, clip.length)
+        top = layer == self.lalm.num_layers
+        pack = started(pack, layer, source, target, None if top else clip.make_room(target.entering, pack.tokens))
+        if top:
             clip.top.append((pack.indices, pack.states[0].index_select(0, pack.lasts)))
             clip.tell(pack.tokens)
         else:
@@ -285,7 +289,11 @@ class ReplayEngine:
         writes = self._prepared(pack.writes(layer), source, pack.states.device)
         if pack.inputs is None:
             pack.inputs = self._inputs(pack.positions, clip.sweep.target)
-        pack.states = self._call(layer, pack.states, pack.inputs, layout, writes)
+        leaving = self._call(layer, pack.states, pack.inputs, layout, writes)
+        if leaving.device == pack.states.device:
+            pack.states.copy_(leaving)
+        else:
+            pack.states = leaving
         return pack
 
     def _last_layer(self, clip: ClipSweep, pack: Pack, source: LayerView | None, target: LayerView) -> Tensor:
@@ -359,4 +367,6 @@ class ReplayEngine:
                 logits = read_logits(self.lalm, states[start : start + rows])
                 part = Readout.of(logits, clip.sweep.option_ids, references)
                 clip.parts.append((indices[start : start + rows], part))
+                give_back_holes()
         clip.top = []
+        clip.end_pass()

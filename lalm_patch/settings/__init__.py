@@ -257,7 +257,7 @@ class EngineSettings:
     Attributes:
         name: auto (replay where the decoder allows it), replay, or direct; or an approximation, which says how well it
             agrees with exact cells: attribution, integrated_gradients or relevance.
-        pack_tokens: most positions that go through a layer together; null: 2048 on a CPU and on a server, 16384 on a
+        pack_tokens: most positions that go through a layer together; null: 1024 on a CPU, 2048 on a server, 16384 on a
             GPU.
         memory_budget: what a pass may take beside the model, in GiB; null: a share of the free memory.
         clips: how many clips share replay's passes up the layers, so that offloaded weights are brought in for all of

@@ -24,6 +24,7 @@ from lalm_patch.engine.memory import (
     GIB,
     KEPT_SHARE,
     PACK_TOKENS,
+    ROW_TOKENS,
     base_run_bytes,
     bytes_per_token,
     free_budget,
@@ -112,7 +113,7 @@ def describe_run(
         licence = f"{settings.engine.licence_cells} exact cells by {engine}"
         engine = f"{settings.engine.name}, approximate: {cost.backward} backward passes per clip and {licence}"
     if there:
-        rows = max(1, (settings.engine.pack_tokens or PACK_TOKENS["cpu"]) // len(tokens))
+        rows = max(1, (settings.engine.pack_tokens or ROW_TOKENS) // len(tokens))
         engine = f"ndif, on a server: one request per clip, its cells in passes of {rows} rows; otherwise as direct"
     unit = "passes up the layers" if replay and not approximate else "forward passes"
     total = f"; all clips {_duration(cost.seconds * len(records))}" if isinstance(records, list) else ""
@@ -169,7 +170,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         budget = free_budget(lalm.decoder_module) if given is None else given * GIB
         total = sum(suffix for _, suffix in suffixes)
         passes = 1 + len(plan_passes([(cells, length)], layers, states_within(budget, lalm)))
-        most = settings.engine.pack_tokens or PACK_TOKENS.get(device_name(settings.model).split(":")[0], 2048)
+        most = settings.engine.pack_tokens or PACK_TOKENS[device_name(settings.model).split(":")[0]]
         pack = min(most, tokens_within(budget, lalm, length), total)
         going_up = min(total, states_within(budget, lalm))
         kept = [base_run_bytes(lalm, length, first, sites, keys) for sites, keys in ((0, True), (1, False))]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lalm_patch.checks import Check
-from lalm_patch.engine.memory import PACK_TOKENS
+from lalm_patch.engine.memory import ROW_TOKENS
 from lalm_patch.engine.ndif import JobFailed, NdifEngine
 from lalm_patch.engine.remote_session import ClipAnswer, ClipRequest
 from lalm_patch.errors import HostError, ModelError
@@ -173,7 +173,7 @@ class RemoteTracer(Tracer):
             option_ids=tuple(ids[0] for ids in asked.answers),
             answer=asked.right,
             correct=self.settings.prompt.correct,
-            pack_tokens=self.settings.engine.pack_tokens or PACK_TOKENS["cpu"],
+            pack_tokens=self.settings.engine.pack_tokens or ROW_TOKENS,
         )
         digest = self._digest(request)
         if known and (known.digest, known.host) != (digest, self.server.host):
