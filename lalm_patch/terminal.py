@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +29,52 @@ def command_line(overrides: Sequence[str]) -> str:
 def as_typed(path: Path) -> str:
     """The path as one would type it here."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+class Waiting:
+    """Says every half minute what is going on, where there are no cells to count yet. Use as a context manager.
+
+    Args:
+        title: what is being waited for.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._step = ""
+        self._done = self._total = 0
+        self._started = self._step_started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._speak, daemon=True)
+
+    def __enter__(self) -> Waiting:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def step(self, name: str, done: int = 0, total: int = 0) -> None:
+        """What is begun now, and how much of how much is done of its kind."""
+        if not done:
+            self._step_started = time.monotonic()
+        self._step, self._done, self._total = name, done, total
+
+    def line(self) -> str:
+        """What is going on, how far it is, and for how long, in one line."""
+        now = time.monotonic()
+        counted = ""
+        if self._total:
+            left = (now - self._step_started) / self._done * (self._total - self._done) if self._done else None
+            about = "" if left is None else f", about {tqdm.format_interval(left)} left"
+            counted = f" ({self._done} of {self._total} done{about})"
+        return f"{self.title}: {self._step}{counted}; {tqdm.format_interval(now - self._started)} so far"
+
+    def _speak(self) -> None:
+        while not self._over.wait(SECONDS_BETWEEN_LINES):
+            log.info("%s", self.line())
 
 
 class Progress:

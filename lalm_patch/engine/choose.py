@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lalm_patch.checks import Check
 from lalm_patch.engine.approximate import ApproximateEngine
@@ -21,6 +22,7 @@ from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
 from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
+from lalm_patch.models.proof import Told, tell_nobody
 from lalm_patch.settings import APPROXIMATE, EngineSettings
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROOF_CELLS = 6
+PROOF_STEPS = 3 + PROOF_CELLS
+"""What `choose_engine` tells of, where replay works: replay's cells, the direct engine's, and the noise floor."""
 STANDARD = Place()
 """The residual stream after single layers."""
 
@@ -65,8 +69,11 @@ def choose_engine(
     option_ids: tuple[int, ...],
     tolerance: float,
     place: Place = STANDARD,
+    told: Told = tell_nobody,
 ) -> tuple[Engine, list[Check]]:
     """The engine for a model, and what was checked to choose it: of an approximation, its exact engine.
+
+    `told` hears of every forward pass of the direct engine, and of what replay computes.
 
     Raises:
         ModelError: the model lacks the place, replay was asked for and cannot work, or it does not give the direct
@@ -76,9 +83,10 @@ def choose_engine(
     if place.knockout:
         check_cuts(lalm)
     exact = replace(settings, name="auto") if settings.name in APPROXIMATE else settings
-    engine, checks = _choose(lalm, exact, pair, option_ids, tolerance, place)
+    engine, checks = _choose(lalm, exact, pair, option_ids, tolerance, place, told)
     if place.site in (Site.ATTN, Site.MLP, Site.HEAD):
         checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
+    told("noise_floor")
     checks = [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
     if settings.name in APPROXIMATE:
         return ApproximateEngine(lalm, engine, settings.name, settings.steps), checks
@@ -121,7 +129,13 @@ def noise_floor(
 
 
 def _choose(
-    lalm: LALM, settings: EngineSettings, pair: Pair, option_ids: tuple[int, ...], tolerance: float, place: Place
+    lalm: LALM,
+    settings: EngineSettings,
+    pair: Pair,
+    option_ids: tuple[int, ...],
+    tolerance: float,
+    place: Place,
+    told: Told,
 ) -> tuple[Engine, list[Check]]:
     if settings.name == "direct" or place.site is Site.TOWER:  # in the encoder every frame hears every other
         return DirectEngine(lalm), []
@@ -129,7 +143,7 @@ def _choose(
     if obstacle is None:
         replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
         try:
-            check = _proof(replay, pair, option_ids, tolerance, place)
+            check = _proof(replay, pair, option_ids, tolerance, place, told)
         except NotImplementedError as error:
             obstacle = str(error)
         else:
@@ -146,12 +160,20 @@ def _choose(
     return DirectEngine(lalm), []
 
 
-def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place) -> Check:
-    """Compare the engines on a few random cells of both kinds of grid."""
+def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place, told: Told) -> Check:
+    """Compare the engines on the two base runs and a few random cells of both kinds of grid."""
     grid = _random_cells(replay.lalm, pair.noise, place, place.knockout)
-    fast = replay.sweep(pair.noise, pair.silence, grid, ids).probabilities
-    slow = DirectEngine(replay.lalm).sweep(pair.noise, pair.silence, grid, ids).probabilities
-    return Check.at_most("replay_at_load", float(np.abs(fast - slow).max()), tolerance)
+    runs = pair.noise, pair.silence
+    told("replay_at_load, by replay")
+    base = replay.base(*runs, ids).probabilities
+    fast = replay.sweep(*runs, grid, ids).probabilities
+    direct = DirectEngine(replay.lalm)
+    if pair.logits:
+        direct.remember(*runs, torch.cat([pair.logits["noise"], pair.logits["silence"]]))
+    told("replay_at_load, by the direct engine")
+    slow = direct.sweep(*runs, grid, ids, lambda _: told("replay_at_load, by the direct engine")).probabilities
+    differences = np.abs(fast - slow).max(), np.abs(base - direct.base(*runs, ids).probabilities).max()
+    return Check.at_most("replay_at_load", float(max(differences)), tolerance)
 
 
 def _random_cells(lalm: LALM, encoding: Encoding, place: Place, knockout: bool = False) -> Grid:

@@ -82,6 +82,10 @@ class DirectEngine:
             found = nnsight.save([states_at(layer_at(self.lalm, *place), place[1]).clone() for place in in_decoder])
         return dict(zip(wanted, [*heard, *found], strict=True))
 
+    def remember(self, source: Encoding, target: Encoding, logits: Tensor) -> None:
+        """Take over the logits [2, vocabulary] of two unpatched runs of the whole model."""
+        self._base = source, target, logits
+
     def _base_logits(self, source: Encoding, target: Encoding) -> Tensor:
         """Logits [2, vocabulary] of the two unpatched runs; of the last pair of encodings they are known."""
         if self._base is None or self._base[0] is not source or self._base[1] is not target:

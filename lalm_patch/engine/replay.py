@@ -93,7 +93,9 @@ class ReplayEngine:
         budget = self._budget() / len(pairs)
         runs: list[BaseRun] = []
         for source, target, _ in pairs:
-            runs += [self._run(source, False, budget, runs), self._run(target, True, budget, runs)]
+            own = self._run(target, True, budget, runs)
+            shared = source is target and not self._sites
+            runs += [own if shared else self._run(source, False, budget, runs), own]
         self._runs = runs
         for layer in range(self.lalm.num_layers + 1):
             for run in runs:

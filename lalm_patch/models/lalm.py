@@ -90,18 +90,25 @@ class LALM:
         self.tower_layers = [self._envoy(layer) for layer in found] if isinstance(found, nn.ModuleList) else []
 
     @classmethod
-    def load(cls, settings: ModelSettings) -> LALM:
+    def load(cls, settings: ModelSettings, told: Callable[[str], None] = lambda step: None) -> LALM:
         """Open a checkpoint by its settings: a hub id, a local folder, or the demo shipped with the package.
+
+        Args:
+            settings: which one, and where it computes.
+            told: hears what is done next.
 
         Raises:
             ModelError: not found, gated, unreachable, or without the parts the method needs.
             ConfigError: an unknown family, dtype or device.
         """
+        told("finding its files")
         checkpoint = find_checkpoint(settings)
         weights, device = placement(settings)
         weights["attn_implementation"] = settings.attn_implementation
         family_class = _family(settings, checkpoint)
+        told("reading every byte of its files: they are the ones meant")
         with checkpoint.verified():
+            told("loading weights")
             try:
                 module, family = family_class.load(checkpoint, **weights)
             except (OSError, ValueError, KeyError) as error:
@@ -119,6 +126,7 @@ class LALM:
         else:
             if device is not None:
                 module.to(device)
+            told("looking whether its weights are numbers")
             check_finite(module, _places(checkpoint))
         lalm = cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
         lalm.offloaded = offloaded

@@ -6,7 +6,8 @@ sequence inside, or carry states past the decoder layers. Each is tried once, on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import nnsight
 import numpy as np
@@ -28,6 +29,8 @@ class Pair:
 
     noise: Encoding
     silence: Encoding
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """What the proof found at the last position of `noise` and `silence`, [1, vocabulary]; nobody computes it again."""
 
 
 def make_pair(lalm: LALM, prompt: Prompt, layout: str) -> Pair:
@@ -41,15 +44,36 @@ def noise_clip() -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.1, int(NOISE_SECONDS * SAMPLING_RATE)).astype(np.float32)
 
 
-def prove(lalm: LALM, pair: Pair) -> list[Check]:
-    """The checks a model has to pass before anything is traced with it."""
+PASSES = 4
+"""Forward passes of a proof."""
+Told = Callable[[str], None]
+"""Is told what is checked next, before each forward pass."""
+
+
+def tell_nobody(check: str) -> None:
+    """Report to nobody."""
+
+
+def prove(lalm: LALM, pair: Pair, told: Told = tell_nobody) -> list[Check]:
+    """The checks a model has to pass before anything is traced with it.
+
+    Args:
+        lalm: the model.
+        pair: noise and silence; what was computed of them is left there.
+        told: is told about every forward pass.
+    """
     tolerance = TOLERANCES[lalm.dtype]
     noise, silence = pair.noise, pair.silence
-    whole = _whole_logits(lalm, noise)
-    decoder_only, lengths = _decoder_logits(lalm, noise)
-    other = _whole_logits(lalm, silence)
     middle = (lalm.num_layers - 1) // 2
-    restored = _restore_all(lalm, pair, middle)
+    told("audio_reaches_model, noise")
+    whole, state = _whole_run(lalm, noise, middle)
+    told("decoder_from_embeddings")
+    decoder_only, lengths = _decoder_logits(lalm, noise)
+    told("audio_reaches_model, silence")
+    other, _ = _whole_run(lalm, silence, middle)
+    told("restore_all")
+    restored = _restored(lalm, silence, middle, state)
+    pair.logits.update(noise=whole, silence=other)
     moved = float((whole - other).abs().max() / whole.abs().max())
     return [
         Check.at_most("same_layout", float(not noise.tokens.same_layout(silence.tokens)), 0.0),
@@ -65,10 +89,12 @@ def _difference(first: Tensor, second: Tensor) -> float:
     return float((first.softmax(-1) - second.softmax(-1)).abs().max())
 
 
-def _whole_logits(lalm: LALM, encoding: Encoding) -> Tensor:
+def _whole_run(lalm: LALM, encoding: Encoding, layer: int) -> tuple[Tensor, Tensor]:
+    """Logits, and all that leaves a layer."""
     with torch.no_grad(), lalm.traced.trace(**encoding.inputs):
+        state = lalm.layers[layer].output.clone().save()
         logits = lalm.traced.output.logits[:, -1].clone().save()
-    return lalm.scaled(torch.as_tensor(logits))
+    return lalm.scaled(torch.as_tensor(logits)), state
 
 
 def _decoder_logits(lalm: LALM, encoding: Encoding) -> tuple[Tensor, list[int]]:
@@ -81,10 +107,8 @@ def _decoder_logits(lalm: LALM, encoding: Encoding) -> tuple[Tensor, list[int]]:
     return lalm.logits(last), [shape[1] if len(shape) == 3 else -1 for shape in lengths]
 
 
-def _restore_all(lalm: LALM, pair: Pair, layer: int) -> Tensor:
-    with torch.no_grad(), lalm.traced.trace(**pair.noise.inputs):
-        state = lalm.layers[layer].output.clone().save()
-    with torch.no_grad(), lalm.traced.trace(**pair.silence.inputs):
+def _restored(lalm: LALM, encoding: Encoding, layer: int, state: Tensor) -> Tensor:
+    with torch.no_grad(), lalm.traced.trace(**encoding.inputs):
         lalm.layers[layer].output[:] = state
         logits = lalm.traced.output.logits[:, -1].clone().save()
     return lalm.scaled(torch.as_tensor(logits))

@@ -33,6 +33,7 @@ from lalm_patch.stimuli import (
 )
 from lalm_patch.storage.provenance import identity
 from lalm_patch.storage.run_store import read_receipt
+from lalm_patch.terminal import Waiting
 from lalm_patch.tracing.metrics import Exclusion
 
 if TYPE_CHECKING:
@@ -68,7 +69,12 @@ class RunPlan:
     @cached_property
     def looks(self) -> dict[str, Look]:
         """What each clip turns out to be when it is read, by id; every clip is read, once."""
-        return {record.id: look_at(record) for record in self.records}
+        found = {}
+        with Waiting("looking at the clips") as waiting:
+            for number, record in enumerate(self.records):
+                waiting.step("reading", number, len(self.records))
+                found[record.id] = look_at(record)
+        return found
 
 
 def plan_run(settings: RunSettings) -> RunPlan:

@@ -22,7 +22,7 @@ from lalm_patch.stimuli import Look, Record
 from lalm_patch.storage.provenance import describe
 from lalm_patch.storage.run_store import RunStore, is_finished
 from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
-from lalm_patch.terminal import Progress
+from lalm_patch.terminal import Progress, Waiting
 from lalm_patch.tracing.metrics import own_question
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ def _open(plan: RunPlan, outline: LALM, out: dict[str, LeftOut]) -> _Opened:
         tracer = RemoteTracer(outline, plan.attribute, settings, records)
     else:
         log.info("loading %s (%s)", settings.model.name, settings.model.id)
-        tracer = Tracer(LALM.load(settings.model), plan.attribute, settings, records)
+        with Waiting(f"loading {settings.model.name}") as waiting:
+            lalm = LALM.load(settings.model, waiting.step)
+            tracer = Tracer(lalm, plan.attribute, settings, records, waiting)
     if tracer.lalm.commit != plan.identity["weights"]:
         raise StoreError(
             f"{settings.model.id}: its files were {plan.identity['weights']} when this run began and are now "

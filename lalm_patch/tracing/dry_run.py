@@ -18,7 +18,7 @@ from torch import nn
 
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine.approximate import check_relevance
-from lalm_patch.engine.choose import replay_obstacle
+from lalm_patch.engine.choose import PROOF_STEPS, replay_obstacle
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import (
     GIB,
@@ -39,7 +39,7 @@ from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.placement import device_name
-from lalm_patch.models.proof import NOISE_SECONDS, noise_clip
+from lalm_patch.models.proof import NOISE_SECONDS, PASSES, noise_clip
 from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Record
 from lalm_patch.tracing.questions import Questions
@@ -130,6 +130,7 @@ def describe_run(
         f"site {settings.site.name}, {settings.direction.name}"
         + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
         f"engine   {engine}: {cost.passes} {unit} per clip, clean and corrupted run included",
+        *([f"proof    {PASSES + PROOF_STEPS} steps before the first clip, most of them forward passes"] * (not there)),
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
         f"{cost.working / _GIGA:.2f} GB beside them",
         f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from lalm_patch.checks import Check
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
-from lalm_patch.engine.choose import choose_engine
+from lalm_patch.engine.choose import PROOF_STEPS, choose_engine
 from lalm_patch.engine.interface import SharesPasses, Sweep
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
 from lalm_patch.engine.whole_answers import AnswerReader, read_bases, read_sweeps
@@ -21,10 +22,10 @@ from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, Encoding, TokenTable
-from lalm_patch.models.proof import TOLERANCES, make_pair, prove
+from lalm_patch.models.proof import PASSES, TOLERANCES, make_pair, prove
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
-from lalm_patch.terminal import Progress
+from lalm_patch.terminal import Progress, Waiting
 from lalm_patch.tracing.corruptions import Corruption
 from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked, Questions
@@ -46,6 +47,7 @@ class Tracer:
         attribute: what is asked; None where every clip has a question of its own.
         settings: the run's settings.
         records: all clips of the run: corruptions may take another clip, or the mean of all.
+        waiting: is told how far the proof is.
 
     Attributes:
         questions: what each clip is asked.
@@ -65,8 +67,14 @@ class Tracer:
     """
 
     def __init__(
-        self, lalm: LALM, attribute: Attribute | None, settings: RunSettings, records: Sequence[Record] = ()
+        self,
+        lalm: LALM,
+        attribute: Attribute | None,
+        settings: RunSettings,
+        records: Sequence[Record] = (),
+        waiting: Waiting | None = None,
     ) -> None:
+        self._waiting = waiting or Waiting("")
         self.lalm = lalm
         self.attribute = attribute
         self.settings = settings
@@ -95,9 +103,14 @@ class Tracer:
     def _open(self, prompt: Prompt) -> TokenTable:
         """Prove the model on noise and silence and choose its engine; returns the noise's token table."""
         pair = make_pair(self.lalm, prompt, self.layout)
-        self.checks += prove(self.lalm, pair)
+        done = itertools.count()
+
+        def told(check: str) -> None:
+            self._waiting.step(f"proving the model, {check}", next(done), PASSES + PROOF_STEPS)
+
+        self.checks += prove(self.lalm, pair, told)
         self.engine, engine_checks = choose_engine(
-            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance, self.place
+            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance, self.place, told
         )
         self.checks += engine_checks
         return pair.noise.tokens
