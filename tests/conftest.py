@@ -173,13 +173,13 @@ def demos_opened_once() -> Iterator[None]:
     from lalm_patch.models import LALM
     from lalm_patch.models.checkpoint import BUNDLED
 
-    def once(opened: Callable[[ModelSettings], LALM]) -> Callable[[ModelSettings], LALM]:
-        def lalm(settings: ModelSettings) -> LALM:
+    def once(opened: Callable[..., LALM]) -> Callable[..., LALM]:
+        def lalm(settings: ModelSettings, *told: Callable[[str], None]) -> LALM:
             if settings.id not in BUNDLED:
-                return opened(settings)
+                return opened(settings, *told)
             key = (opened.__name__, repr(settings))
             if key not in _demos:
-                _demos[key] = opened(settings)
+                _demos[key] = opened(settings, *told)
             return _demos[key]
 
         return lalm

@@ -43,8 +43,10 @@ def test_the_products_counted_are_those_of_the_sweep(tmp_path: Path, monkeypatch
     arguments = (f"--layers={layers}", f"--hidden={hidden}", f"--text={text}", "--repeats=1", "--threads=1")
     benchmark("limit", monkeypatch, *arguments, f"--json={target}").main()
     note = json.loads(target.read_text())["tables"][0]["notes"][0]
-    base, passes = 2, layers - 1  # cells of the last layer go straight to the norm
-    products = 7 * (base * layers + sum(range(passes + 1))) + base + layers  # the head: base runs, and each pack
+    base = 2
+    # All cells fit one pack: from the second layer on, in the last one keys and values first, then the last positions.
+    # The head: base runs, cells from the last layer, cells that start above it.
+    products = 7 * base * layers + 7 * (layers - 2) + (3 + 7) + base + 2
     assert f"{layers * text} cells, {products} products" in note
 
 

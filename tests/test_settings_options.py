@@ -63,7 +63,7 @@ def test_layouts_and_transcripts_are_checked_before_the_model_is_loaded(
 ) -> None:
     from lalm_patch import run
 
-    monkeypatch.setattr(LALM, "load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(LALM, "load", lambda *_: pytest.fail("loaded"))
     for given, message in (
         (
             "prompt.layout=fixed",
