@@ -30,6 +30,7 @@ from lalm_patch.engine.interface import Sweep
 from lalm_patch.interventions.grids import Grid, layer_grid, token_grid
 from lalm_patch.models import Encoding
 from lalm_patch.models.offload import Offloaded
+from lalm_patch.models.precision import compute_with
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPES: dict[str, tuple[Callable[..., RandomLALM], int]] = {
@@ -55,7 +56,7 @@ def main() -> None:
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help=argparse.SUPPRESS)
     options = made.parse_args()
     options.clock = "wall"
-    tables = [agreement(options), *speed(options), offload(options)]
+    tables = [agreement(options), *speed(options), precision(options), offload(options)]
     emit(tables, options, where(options.device))
 
 
@@ -142,6 +143,33 @@ def speed(options: argparse.Namespace) -> list[Table]:
             [f"The card's rate: {rate / 1e12:.0f} TFLOP/s in a product of 8192 x 8192 matrices."],
         ),
     ]
+
+
+def precision(options: argparse.Namespace) -> Table:
+    """What float32 answers cost with bfloat16 weights, and how far other ways are from them."""
+    rows: list[list[str | int | float]] = []
+    shape, found = "Voxtral Mini", {}
+    for mode in ("float32, widened for good", "float32", "stream", "as_loaded"):
+        with model(shape, "bfloat16", options) as (lalm, clean, corrupted, grid):
+            encodings = clean.inputs, corrupted.inputs, clean.tokens
+            if mode.endswith("for good"):
+                lalm.module.float()
+            elif compute_with(lalm.module, mode):
+                lalm.precision = mode
+            say(f"{shape}: {mode}")
+            clean, corrupted = (lalm.embed(encodings[2], inputs) for inputs in encodings[:2])
+            engine = ReplayEngine(lalm)
+            readout = engine.sweep(clean, corrupted, grid, IDS)
+            found[mode] = readout.option_logits - readout.logsumexp[:, None]
+            seconds = timed(partial(engine.sweep, clean, corrupted, grid, IDS), options)
+            some = Grid(("cell",), {"cell": np.arange(8)}, grid.cells[:: len(grid.cells) // 8][:8])
+            fast = engine.sweep(clean, corrupted, some, IDS).option_logits
+            slow = DirectEngine(lalm).sweep(clean, corrupted, some, IDS).option_logits
+            error = found[mode] - next(iter(found.values()))
+            size = sum(parameter.numel() * parameter.itemsize for parameter in lalm.module.parameters()) / 2**30
+            rows.append([mode, seconds, size, float(np.sqrt((error**2).mean())), float(np.abs(fast - slow).max())])
+    columns = ["engine.precision", "seconds", "weights, GiB", "error of log P, rms", "replay against direct, a logit"]
+    return Table(f"{shape}, bfloat16 weights, token-wise", columns, rows)
 
 
 def offload(options: argparse.Namespace) -> Table:

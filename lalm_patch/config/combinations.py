@@ -34,6 +34,11 @@ def check_combinations(settings: RunSettings) -> None:
             f"metric={settings.metric.name} needs the whole vocabulary's logits, which a server does not send back: "
             "use another metric, or backend=local"
         )
+    if settings.backend.name == "ndif" and settings.engine.precision not in (None, "as_loaded"):
+        raise ConfigError(
+            f"engine.precision={settings.engine.precision}: a server computes with its weights as they are loaded; use "
+            "as_loaded, or backend=local"
+        )
     if settings.backend.name == "ndif" and settings.trace_excluded:
         raise ConfigError("trace_excluded=true: a server computes clips that count only; use backend=local")
     _check_audio(settings)

@@ -56,7 +56,7 @@ def masks(lalm: LALM, cuts: Iterable[Cut], positions: int) -> Mapping[int, Tenso
     made = {}
     for layer, own in by_layer(cuts).items():
         hidden = blocked(own, positions, lalm.num_heads) | future
-        mask = torch.zeros(hidden.shape, dtype=lalm.dtype).masked_fill(hidden, torch.finfo(lalm.dtype).min)
+        mask = torch.zeros(hidden.shape, dtype=lalm.state_dtype).masked_fill(hidden, torch.finfo(lalm.state_dtype).min)
         made[layer] = mask[None].to(lalm.layer_device(layer))
     return made
 

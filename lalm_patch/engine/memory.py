@@ -44,7 +44,7 @@ def tokens_within(budget: float, lalm: LALM, positions: int) -> int:
 
 def states_within(budget: float, lalm: LALM) -> int:
     """Suffix positions whose states fit into a pass's budget of so many bytes, at least 1."""
-    return max(1, int(STATES_SHARE * budget // (lalm.dtype.itemsize * _config(lalm).hidden_size)))
+    return max(1, int(STATES_SHARE * budget // (lalm.state_dtype.itemsize * _config(lalm).hidden_size)))
 
 
 def rows_within(budget: float, lalm: LALM) -> int:
@@ -65,8 +65,8 @@ def bytes_per_token(lalm: LALM, positions: int) -> int:
         getattr(config, "intermediate_size", None) or 0,
         (getattr(config, "moe_intermediate_size", None) or 0) * (getattr(config, "num_experts_per_tok", None) or 1),
     )
-    states = lalm.dtype.itemsize * (8 * config.hidden_size + 8 * heads * head_size + 4 * inside)
-    scores = 0 if fused_kernel(lalm.device.type, lalm.dtype) else 3 * 4 * heads * positions
+    states = lalm.state_dtype.itemsize * (8 * config.hidden_size + 8 * heads * head_size + 4 * inside)
+    scores = 0 if fused_kernel(lalm.device.type, lalm.state_dtype) else 3 * 4 * heads * positions
     return int(states + scores)
 
 
@@ -84,7 +84,7 @@ def base_run_bytes(lalm: LALM, positions: int, first: int, sites: int, keys: boo
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     states = (positions - first) * config.hidden_size * (1 + sites)
-    return int(lalm.num_layers * lalm.dtype.itemsize * (states + keys * 2 * heads * head_size * positions))
+    return int(lalm.num_layers * lalm.state_dtype.itemsize * (states + keys * 2 * heads * head_size * positions))
 
 
 def _config(lalm: LALM) -> Any:

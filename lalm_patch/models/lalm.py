@@ -22,6 +22,7 @@ from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.offload import Offloaded, computed_dtypes
 from lalm_patch.models.placement import dtype_of, placement
+from lalm_patch.models.precision import compute_with, stored_parameters
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.models.weights import check_finite
@@ -61,10 +62,12 @@ class LALM:
         norm: nnsight's wrapper of the norm after the last layer.
         tower_layers: nnsight's wrappers of the audio encoder's layers; empty where they are not found.
         offloaded: what brings layers' weights in, where they are not all on the device.
+        precision: what it computes with; `as_loaded` for float32 weights, which are exact as they are.
     """
 
     def __init__(self, module: PreTrainedModel, family: Family, *, id: str = "", commit: str = "") -> None:
         self.offloaded: Offloaded | None = None
+        self.precision = "as_loaded"
         self.module = module.eval().requires_grad_(False)
         self.family = family
         self.id = id
@@ -90,12 +93,15 @@ class LALM:
         self.tower_layers = [self._envoy(layer) for layer in found] if isinstance(found, nn.ModuleList) else []
 
     @classmethod
-    def load(cls, settings: ModelSettings, told: Callable[[str], None] = lambda step: None) -> LALM:
+    def load(
+        cls, settings: ModelSettings, told: Callable[[str], None] = lambda step: None, precision: str = "as_loaded"
+    ) -> LALM:
         """Open a checkpoint by its settings: a hub id, a local folder, or the demo shipped with the package.
 
         Args:
             settings: which one, and where it computes.
             told: hears what is done next.
+            precision: what it computes with, see `lalm_patch.models.precision`.
 
         Raises:
             ModelError: not found, gated, unreachable, or without the parts the method needs.
@@ -117,11 +123,14 @@ class LALM:
                     f"({type(error).__name__}: {error}); download it again"
                 ) from error
             _check_processor(family, module, checkpoint)
+        exact = compute_with(module, precision)
         offloaded = None
         if settings.offload != "none":
             assert device is not None
             language_model = _path(module, _role(module, "get_decoder", "a decoder")).rpartition(".")[0]
             dtypes = computed_dtypes(module, dtype_of(settings), "" if family.whole_dtype else language_model)
+            if exact:  # the others are float32 already
+                dtypes = {name: dtypes[name] for name in stored_parameters(module) & dtypes.keys()}
             offloaded = Offloaded(module, device, dtypes, settings.offload == "disk", _places(checkpoint))
         else:
             if device is not None:
@@ -130,6 +139,7 @@ class LALM:
             check_finite(module, _places(checkpoint))
         lalm = cls(module, family, id=checkpoint.id, commit=checkpoint.revision)
         lalm.offloaded = offloaded
+        lalm.precision = precision if exact else "as_loaded"
         return lalm
 
     @classmethod
@@ -192,9 +202,14 @@ class LALM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the decoder."""
+        """Floating-point type of the decoder's weights."""
         weight: Tensor = self.module.get_input_embeddings().weight
         return weight.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Floating-point type of the states between layers."""
+        return self.dtype if self.precision == "as_loaded" else torch.float32
 
     # --- inputs ------------------------------------------------------------------------------------------------
 

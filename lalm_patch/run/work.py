@@ -157,7 +157,7 @@ def _open(plan: RunPlan, outline: LALM, out: dict[str, LeftOut]) -> _Opened:
     else:
         log.info("loading %s (%s)", settings.model.name, settings.model.id)
         with Waiting(f"loading {settings.model.name}") as waiting:
-            lalm = LALM.load(settings.model, waiting.step)
+            lalm = LALM.load(settings.model, waiting.step, settings.engine.precision or "float32")
             tracer = Tracer(lalm, plan.attribute, settings, records, waiting)
     if tracer.lalm.commit != plan.identity["weights"]:
         raise StoreError(

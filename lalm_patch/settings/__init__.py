@@ -64,8 +64,7 @@ class ModelSettings:
         dtype: float32, bfloat16 or float16.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...
         device_map: as in transformers (`auto` spreads the model over all GPUs); needs the extra `gpu`.
-        offload: none, cpu (a GPU's layers wait in the CPU's memory), or disk (they stay in the checkpoint's files);
-            layers are brought in one by one.
+        offload: none, or where layers wait until they are brought in, one by one: cpu (for a GPU), or disk.
         attn_implementation: sdpa or eager.
         prompt_layout: where the response phrase goes: chat (assistant prefill), user (end of the user's turn), flat
             (no template; base models), or fixed (chat without the quirks of the original's prompt, where it has any).
@@ -257,11 +256,11 @@ class EngineSettings:
     Attributes:
         name: auto (replay where the decoder allows it), replay, or direct; or an approximation, which says how well it
             agrees with exact cells: attribution, integrated_gradients or relevance.
-        pack_tokens: most positions that go through a layer together; null: 1024 on a CPU, 2048 on a server, 16384 on a
-            GPU.
+        pack_tokens: most positions that go through a layer together; null: as the device likes it.
         memory_budget: what a pass may take beside the model, in GiB; null: a share of the free memory.
-        clips: how many clips share replay's passes up the layers, so that offloaded weights are brought in for all of
-            them at once; null: as many as memory has room for with `model.offload`, else one.
+        clips: how many clips share replay's passes, so that offloaded weights are brought in for all of them at once;
+            null: with `model.offload` as many as fit, else one.
+        precision: as_loaded, stream or float32 (docs/method.md); null: float32, on a server as_loaded.
         spot_checks: cells of a run that the direct engine computes again, two per clip.
         tolerance: largest difference in probability that replay may show; null chooses by dtype.
         licence_cells: of an approximation, cells of every clip that are computed exactly, too.
@@ -272,6 +271,7 @@ class EngineSettings:
     pack_tokens: Annotated[int | None, Whole(1)] = None
     memory_budget: Annotated[float | None, Number(0)] = None
     clips: Annotated[int | None, Whole(1)] = None
+    precision: Annotated[str | None, one_of("as_loaded", "stream", "float32")] = None
     spot_checks: Annotated[int, Whole(0)] = 8
     tolerance: Annotated[float | None, Number(0, 1)] = None
     licence_cells: Annotated[int, Whole(1)] = 16

@@ -57,6 +57,11 @@ def flat_settings(settings: RunSettings) -> dict[str, str]:
             flat[prefix] = json.dumps(_absolute(value) if prefix in _PLACES else value)
 
     walk("", asdict(settings))
+    # Weights in float32 leave no choice. Runs that were made before there was one had computed as the weights are.
+    precision = settings.engine.precision or ("as_loaded" if settings.backend.name == "ndif" else "float32")
+    flat.pop("engine.precision", None)
+    if settings.model.dtype != "float32" and precision != "as_loaded":
+        flat["engine.precision"] = json.dumps(precision)
     # What becomes of clips that cannot be used is no part of what is computed of the others. The key stays, so that
     # runs made when it was one are still found.
     flat["data.bad_clips"] = json.dumps("stop")

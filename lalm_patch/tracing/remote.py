@@ -67,7 +67,12 @@ class RemoteTracer(Tracer):
     @property
     def about(self) -> dict[str, str]:
         """Attributes of the result that say what computed the cells, and where."""
-        return {"dtype": self.settings.model.dtype, "device": self.server.host, "engine": self.server.name}
+        return {
+            "dtype": self.settings.model.dtype,
+            "precision": "as_loaded",
+            "device": self.server.host,
+            "engine": self.server.name,
+        }
 
     def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
         """Trace one sample and wait for it; see `Tracer.trace`."""

@@ -22,7 +22,7 @@ from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, Encoding, TokenTable
-from lalm_patch.models.proof import PASSES, TOLERANCES, make_pair, prove
+from lalm_patch.models.proof import PASSES, make_pair, prove, tolerance_of
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.terminal import Progress, Waiting
@@ -86,7 +86,7 @@ class Tracer:
         self.place = place_in(lalm, settings.site, settings.granularity)
         self.noising = settings.direction.name == "noising"
         self.layers = chosen_layers(self.place.num_layers, settings.granularity.layers, self.place.layer_kind)
-        self.tolerance = settings.engine.tolerance or TOLERANCES[lalm.dtype]
+        self.tolerance = settings.engine.tolerance or tolerance_of(lalm)
         self.transcripts = Transcripts(lalm, settings)
         self.checks: list[Check] = []
         self.engine: Engine
@@ -119,7 +119,7 @@ class Tracer:
     def about(self) -> dict[str, str]:
         """Attributes of the result that say what computed the cells, and where."""
         device, dtype = str(self.lalm.device), str(self.lalm.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "device": device, "engine": self.engine.name}
+        return {"dtype": dtype, "precision": self.lalm.precision, "device": device, "engine": self.engine.name}
 
     def grid(self, tokens: TokenTable) -> Grid:
         """The run's grid for one sample's tokens."""

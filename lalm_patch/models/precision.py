@@ -1,0 +1,124 @@
+"""What a model whose weights are stored in half precision computes with.
+
+Residual streams of trained models carry outliers of tens of thousands beside values of one, so that a stream in
+bfloat16 loses what tracing measures. Weights in half precision are exact in float32; only what is multiplied with them
+was rounded:
+
+- `as_loaded`: everything in the weights' type, as transformers does it and as others publish it.
+- `stream`: residual stream, norms, rotary positions, softmax and head's logits in float32; the inputs of linear layers
+  are rounded to the weights' type, products are summed in float32 (on a CPU that is no faster than `float32`).
+- `float32`: linear layers of float32 inputs with the stored weights. On a GPU with bfloat16 weights the input is split
+  into two bfloat16 parts, x = hi + lo, and x W = hi W + lo W, both summed in float32; elsewhere one weight at a time is
+  widened while it is used.
+
+Weights stay stored as they are. What is no linear layer and no embedding (norms, convolutions) is small and is widened
+for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compute_with(module: nn.Module, mode: str) -> bool:
+    """Let a model compute in another precision than its weights have.
+
+    Args:
+        module: the model.
+        mode: `as_loaded`, `stream` or `float32`.
+
+    Returns:
+        Whether anything is different from then on: not with weights that are float32 already.
+    """
+    if mode == "as_loaded" or not any(parameter.dtype in HALF for parameter in module.parameters()):
+        return False
+    product = _stream if mode == "stream" else _exact
+    kept = set()
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            _replace(part, partial(_linear, part, product))
+            kept.add(id(part.weight))
+        elif isinstance(part, nn.Embedding):
+            _replace(part, partial(_embedding, part))
+            kept.add(id(part.weight))
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype in HALF and id(tensor) not in kept:
+            tensor.data = tensor.data.float()
+    return True
+
+
+def stored_parameters(module: nn.Module) -> set[str]:
+    """Names of the weights that stay in half precision whatever is computed with: of linear layers and embeddings."""
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear | nn.Embedding)
+    }
+
+
+def _replace(part: nn.Module, forward: Callable[..., Tensor]) -> None:
+    # accelerate has put a forward pass of its own before the module's, and keeps that under another name.
+    setattr(part, "_old_forward" if hasattr(part, "_old_forward") else "forward", forward)
+
+
+def _linear(part: nn.Linear, product: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> Tensor:
+    """A linear layer: float32 out, whatever comes in."""
+    made = product(states, part.weight)
+    return made if part.bias is None else made + part.bias.float()
+
+
+def _embedding(part: nn.Embedding, ids: Tensor) -> Tensor:
+    forward: Any = type(part).forward
+    made: Tensor = forward(part, ids)
+    return made.float()
+
+
+def _stream(states: Tensor, weight: Tensor) -> Tensor:
+    """Inputs rounded to the weights' type: [..., out] float32."""
+    rounded = states.to(weight.dtype)
+    if sums_in_float32(weight.device.type, weight.dtype):
+        return _product(rounded, weight)
+    return nn.functional.linear(rounded.float(), weight.float())
+
+
+def _exact(states: Tensor, weight: Tensor) -> Tensor:
+    """Inputs in float32: [..., out] float32."""
+    states = states.float()
+    # Halves of float16 would overflow where a stream's outliers are; gradients are not known of split products.
+    if (
+        weight.dtype is torch.bfloat16
+        and not states.requires_grad
+        and sums_in_float32(weight.device.type, weight.dtype)
+    ):
+        high = states.to(weight.dtype)
+        low = (states - high.float()).to(weight.dtype)
+        return _product(high, weight).add_(_product(low, weight))
+    return nn.functional.linear(states, weight.float())
+
+
+def _product(states: Tensor, weight: Tensor) -> Tensor:
+    """Half precision in, float32 out: [..., out]."""
+    rows = states.reshape(-1, states.shape[-1])
+    multiply: Any = torch.mm
+    made: Tensor = multiply(rows, weight.t(), out_dtype=torch.float32)
+    return made.view(*states.shape[:-1], -1)
+
+
+@cache
+def sums_in_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether this torch gives float32 for products of matrices in half precision on a device."""
+    if device != "cuda":
+        return False
+    small = torch.ones(16, 16, device=device, dtype=dtype)
+    multiply: Any = torch.mm
+    try:
+        return bool(multiply(small, small, out_dtype=torch.float32).dtype == torch.float32)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
