@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -46,7 +47,7 @@ def summary(dataset: xr.Dataset, files: Sequence[Path], recovery: xr.Dataset | N
         "",
         str(attributes["title"]),
         f"model    {attributes['model_id']} ({attributes['model_revision']}), {attributes['model_layers']} layers, "
-        f"{attributes['dtype']}, engine {attributes['engine']}",
+        f"{_type(attributes)}, engine {attributes['engine']}",
         *_samples(dataset),
         *_findings(dataset, mean_recovery(dataset, seed=about(dataset).seed) if recovery is None else recovery),
         *_seen(dataset),
@@ -181,3 +182,9 @@ def _checks(dataset: xr.Dataset) -> list[str]:
     details = [f"{check.name} {check.value:.1g} (bound {check.bound:.0e})" for check in measured]
     lines = [heading + (f"; {', '.join(details)}" if details else "")]
     return lines + [f"         FAILED {check} - {check.statement}" for check in failed]
+
+
+def _type(attributes: Mapping[str, Any]) -> str:
+    """Type of the weights, and what was computed with them if that is another."""
+    precision = attributes.get("precision", "as_loaded")  # runs before there was a choice
+    return str(attributes["dtype"]) + ("" if precision == "as_loaded" else f" weights, {precision} states")

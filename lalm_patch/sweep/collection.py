@@ -169,6 +169,10 @@ def build_tree(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Sequ
     return xr.DataTree.from_dict({path: sanitise(dataset) for path, dataset in nodes.items()})
 
 
+OF_A_MODEL = ("weights", "engine.precision")
+"""What belongs to a model beside its settings: models in float32 have no precision to choose."""
+
+
 def incomparable(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Sequence[str] = ()) -> list[str]:
     """Why finished runs must not be put side by side: one sentence per key; empty if they may.
 
@@ -183,6 +187,8 @@ def incomparable(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Se
         for key in keys:
             if key in COVERED or key in by or any(fnmatch(key, pattern) for pattern in allow):
                 continue
+            if key == "engine.precision" and len({_facts(run).get("model.dtype") for run in group}) > 1:
+                continue  # said, or let pass, of the weights' type already
             values: dict[str, list[str]] = defaultdict(list)
             for run in group:
                 values[_facts(run).get(key, "nothing")].append(run.status.folder.name)
@@ -191,13 +197,13 @@ def incomparable(runs: Sequence[CollectedRun], by: Sequence[str] = (), allow: Se
                 reasons.append(f"{key} differs{owner}: {sides}")
 
     def common(key: str) -> bool:
-        return key.partition(".")[0] not in ("model", "attr", "granularity") and key not in ("clips", "weights")
+        return key.partition(".")[0] not in ("model", "attr", "granularity") and key not in ("clips", *OF_A_MODEL)
 
     compare(runs, "", common)
-    for axis, prefix, checksum in ((0, "model.", "weights"), (1, "attr.", "clips")):
+    for axis, prefix, others in ((0, "model.", OF_A_MODEL), (1, "attr.", ("clips",))):
         for _, group in _grouped(runs, lambda run, axis=axis: (run.place()[axis], *run.place(by)[3:])):  # type: ignore[misc]
             owner = f" between runs of {group[0].place()[axis]}"
-            compare(group, owner, lambda key, p=prefix, c=checksum: key.startswith(p) or key == c)  # type: ignore[misc]
+            compare(group, owner, lambda key, p=prefix, o=others: key.startswith(p) or key in o)  # type: ignore[misc]
     for _, group in _grouped(runs, lambda run: (run.place()[0], *run.place(by)[2:])):
         owner = f" between runs of {group[0].place()[0]} by {group[0].place()[2]}"
         compare(group, owner, lambda key: key.startswith("granularity."))
