@@ -456,6 +456,13 @@ BROKEN = st.one_of(
 )
 
 
+@pytest.mark.parametrize("override", ["model.name=\n", "\n", "attr\t", "data.limit=\r\n", "prompt.order=\x00"])
+def test_invisible_characters_are_told_on_one_line(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("model=demo", override)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "part", range(4)
 )  # 50 each, so that a busy machine does not run into the time limit of one test

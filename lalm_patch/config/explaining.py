@@ -76,12 +76,18 @@ def _unreadable(error: BaseException, in_shell: bool) -> str:
         return _not_an_override(given)
     written = readable(given)
     if written is None:
-        return f"{given} cannot be read ({_line(error).partition(' ^')[0]}); expected SETTING=VALUE, text in quotes"
-    return f"{given} cannot be read: such characters need quotes; write {_show(written, in_shell)}"
+        reason = _on_one_line(_line(error).partition(" ^")[0])
+        return f"{_on_one_line(given)} cannot be read ({reason}); expected SETTING=VALUE, text in quotes"
+    return f"{_on_one_line(given)} cannot be read: such characters need quotes; write {_show(written, in_shell)}"
 
 
 def _not_an_override(given: str) -> str:
-    return f"{given}: expected SETTING=VALUE, for example model=demo"
+    return f"{_on_one_line(given)}: expected SETTING=VALUE, for example model=demo"
+
+
+def _on_one_line(given: str) -> str:
+    """An override as it was written, its line breaks and other invisible characters as escapes."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in given)
 
 
 def _missing(error: BaseException, in_shell: bool) -> str:
