@@ -136,13 +136,8 @@ class PublishedVoxtral(RandomVoxtral):
 
     def __init__(self, dtype: torch.dtype, device: str, small: bool = False) -> None:
         decoder = published_decoder("llama", layers=30, hidden=3072, inside=8192, key_value_heads=8, words=131072)
-        config = VoxtralConfig(
-            audio_config=published_encoder(
-                "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", small
-            ),
-            text_config=decoder | (SMALL if small else {}),
-            audio_token_id=AUDIO_TOKEN,
-        )
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        config = published(VoxtralConfig, decoder, names, small, audio_token_id=AUDIO_TOKEN)
         RandomLALM.__init__(self, made_on(device, dtype, VoxtralForConditionalGeneration, config), IdsOnly(None))
 
 
@@ -151,14 +146,18 @@ class PublishedQwen2Audio(RandomQwen2Audio):
 
     def __init__(self, dtype: torch.dtype, device: str, small: bool = False) -> None:
         decoder = published_decoder("qwen2", layers=32, hidden=4096, inside=11008, key_value_heads=32, words=156032)
-        config = Qwen2AudioConfig(
-            audio_config=published_encoder(
-                "d_model", "encoder_ffn_dim", "encoder_attention_heads", "encoder_layers", small
-            ),
-            text_config=decoder | (SMALL if small else {}),
-            audio_token_index=AUDIO_TOKEN,
-        )
+        names = ("d_model", "encoder_ffn_dim", "encoder_attention_heads", "encoder_layers")
+        config = published(Qwen2AudioConfig, decoder, names, small, audio_token_index=AUDIO_TOKEN)
         RandomLALM.__init__(self, made_on(device, dtype, Qwen2AudioForConditionalGeneration, config), IdsOnly(None))
+
+
+def published(
+    config_class: Any, decoder: dict[str, object], names: tuple[str, str, str, str], small: bool, **token: int
+) -> Any:
+    """A configuration of published sizes: Whisper large's encoder, by a class's own names for them, and a decoder."""
+    return config_class(
+        audio_config=published_encoder(*names, small), text_config=decoder | (SMALL if small else {}), **token
+    )
 
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "head_dim": 8, "vocab_size": 1000}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import nnsight
 import numpy as np
@@ -17,6 +16,7 @@ from lalm_patch.engine.attention import (
     for_each_head,
     register_attention,
 )
+from lalm_patch.engine.base_runs import read_logits
 from lalm_patch.engine.choose import replay_obstacle
 from lalm_patch.errors import ModelError
 from lalm_patch.models import LALM, Encoding
@@ -52,11 +52,10 @@ def lens(lalm: LALM, encoding: Encoding, token: int) -> tuple[np.ndarray, np.nda
 
 def _probabilities(lalm: LALM, states: Tensor, token: int) -> np.ndarray:
     """Probability of a token, read off residual streams [positions, hidden]: float32 [positions]."""
-    norm: Any = lalm.decoder_module.norm
     found = []
     with torch.no_grad():
         for rows in torch.split(states, LENS_ROWS):
-            logits = lalm.logits(norm(rows[None])[0])
+            logits = read_logits(lalm, rows)
             found.append((logits[:, token] - logits.logsumexp(-1)).exp())
     return torch.cat(found).cpu().numpy()
 

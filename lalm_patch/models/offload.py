@@ -103,7 +103,6 @@ class Offloaded:
     ) -> None:
         self.where = where
         self.device = device
-        self.on_disk = on_disk
         rows = dict(_offloaded_layers(module))
         self.names = list(rows)
         of_layers = {parameter: name for name, layer in rows.items() for parameter in layer.parameters()}
@@ -126,7 +125,7 @@ class Offloaded:
             buffer.data = buffer.data.to(device)
         self.layer_bytes = [sum(one.kept.numel() * one.dtype.itemsize for one in layer) for layer in self._layers]
         self.reads = [0] * len(self._layers)
-        self._here: dict[int, _Brought] = {}
+        self._here: int | None = None
         self._next: tuple[int, Future[_Brought]] | None = None
         self._checked: set[int] = set()
         self._worker = ThreadPoolExecutor(1, "weights")
@@ -153,10 +152,9 @@ class Offloaded:
 
     def _enter(self, index: int) -> None:
         """A layer is about to be called."""
-        if index in self._here or self._resting:
+        if index == self._here or self._resting:
             return
-        for other in list(self._here):
-            self._leave(other)
+        self._leave()
         brought = self._take(index)
         if brought.event is not None:
             current = torch.cuda.current_stream(self.device)
@@ -165,16 +163,18 @@ class Offloaded:
                 tensor.record_stream(current)
         for one, tensor in zip(self._layers[index], brought.tensors, strict=True):
             one.parameter.data = tensor
-        self._here[index] = brought
+        self._here = index
         self.reads[index] += 1
         self._check(index, brought)
         if index + 1 < len(self._layers):
             self._next = index + 1, self._worker.submit(self._bring, index + 1)
 
-    def _leave(self, index: int) -> None:
-        for one in self._layers[index]:
-            one.parameter.data = one.kept
-        del self._here[index]
+    def _leave(self) -> None:
+        """The layer that is here gives its weights up."""
+        if self._here is not None:
+            for one in self._layers[self._here]:
+                one.parameter.data = one.kept
+            self._here = None
 
     def _take(self, index: int) -> _Brought:
         """A layer's weights: those that are on their way, if they are the ones."""
