@@ -23,6 +23,8 @@ STATEMENTS = {
     "restore_all": "restoring every position after the middle layer gives back the clean run; if not, layers share "
     "states past the residual stream and recovery rates do not mean what they say",
     "replay_at_load": "replay gives the direct engine's probabilities on random cells of noise against silence",
+    "replay_in_float32": "in float32, replay gives the direct engine's probabilities on the same cells: the measure of "
+    "how far this run is from float32 is itself exact",
     "site_adds_up": "attention (or all its heads) and MLP of every layer, taken from the other run at the last "
     "position, restore that run; if not, layers add something else besides, use site=resid",
     "noise_floor": "corrupted states patched into the corrupted run leave its probabilities; smaller differences mean "

@@ -19,6 +19,7 @@ from lalm_patch.analysis import (
     classes,
     exclusion_table,
     grounding,
+    is_inexact,
     is_readable,
     is_right,
     licence,
@@ -27,6 +28,7 @@ from lalm_patch.analysis import (
     over_layers,
     peak_layer,
     planted_window,
+    precision,
     seen_at_tokens,
     why_none_counts,
 )
@@ -118,9 +120,19 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         lines.append(f"         before the last token: {place}: {_mean(other)}")
     if (window := planted_window(dataset)) is not None:
         lines.append(f"truth    attention planted in layers {window[0]} to {window[1] - 1} only")
+    lines += _precision(dataset, recovery)
     if (found := licence(dataset)) is not None:
         lines.append(f"licence  {found}; mean error of the rate {found.error:.2g}")
     return lines
+
+
+def _precision(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
+    """How far the numbers are from float32, if they are not computed in it."""
+    if (found := precision(dataset)) is not None:
+        return [f"precise  {found}; {recovery.attrs.get('rounding', '')}".rstrip("; ")]
+    if is_inexact(dataset):
+        return ["precise  how far these numbers are from float32 was not measured; intervals are without that error"]
+    return []
 
 
 def _one_clip(dataset: xr.Dataset) -> list[str]:

@@ -114,7 +114,7 @@ def test_restoring_every_position_is_the_clean_run(generic: LALM, prompt: Prompt
 
 def test_automatic_engine_is_replay(generic: LALM, prompt: Prompt) -> None:
     pair, ids = make_pair(generic, prompt, "chat"), generic.target_ids(prompt, "chat")
-    engine, checks = choose_engine(generic, EngineSettings("auto"), pair, ids, TOLERANCE)
+    engine, checks = choose_engine(generic, EngineSettings("auto"), pair, ids)
     assert isinstance(engine, ReplayEngine)
     assert checks[0].passed
 
@@ -123,7 +123,7 @@ def test_automatic_engine_is_replay(generic: LALM, prompt: Prompt) -> None:
 def test_sites_inside_a_layer_prove_themselves(generic: LALM, prompt: Prompt, site: Site) -> None:
     pair, ids = make_pair(generic, prompt, "chat"), generic.target_ids(prompt, "chat")
     place = Place(site, 1, generic.num_layers, generic.num_heads)
-    _, checks = choose_engine(generic, EngineSettings("replay"), pair, ids, TOLERANCE, place)
+    _, checks = choose_engine(generic, EngineSettings("replay"), pair, ids, place)
     assert {check.name: check.passed for check in checks} == dict.fromkeys(
         ("replay_at_load", "site_adds_up", "noise_floor"), True
     )

@@ -14,7 +14,7 @@ from lalm_patch import terminal
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.engine.choose import PROOF_STEPS, choose_engine
 from lalm_patch.models import LALM
-from lalm_patch.models.proof import PASSES, make_pair, prove
+from lalm_patch.models.proof import make_pair, passes, prove
 from lalm_patch.settings import EngineSettings
 from lalm_patch.stimuli import Prompt
 from lalm_patch.terminal import Waiting
@@ -72,12 +72,12 @@ def test_the_proof_does_no_pass_twice(lalm: LALM, prompt: Prompt) -> None:
     handle = lalm.module.register_forward_hook(lambda *_: whole.append(1))
     told: list[str] = []
     prove(lalm, pair, told.append)
-    assert len(told) == PASSES
-    assert len(whole) == PASSES - 1  # one of them is of the decoder alone
-    engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, (1, 2), 1e-5, told=told.append)
+    assert len(told) == passes(exact=True)
+    assert len(whole) == passes(exact=True) - 1  # one of them is of the decoder alone
+    engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, (1, 2), told=told.append)
     handle.remove()
     assert isinstance(engine, ReplayEngine)
-    assert len(told) == PASSES + PROOF_STEPS
+    assert len(told) == passes(exact=True) + PROOF_STEPS
     # noise, silence, restored; the states of noise; six cells
     assert len(whole) == 3 + 1 + 6
 

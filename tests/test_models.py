@@ -143,7 +143,7 @@ def test_replay_is_refused_where_the_decoder_does_something_else(
     lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
     assert replay_obstacle(lalm) is None
     pair, ids = make_pair(lalm, prompt, "chat"), lalm.target_ids(prompt, "chat")
-    engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-5)
+    engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids)
     assert isinstance(engine, ReplayEngine)
     assert checks[0].passed
     windowed = Path(shutil.copytree(checkpoints["qwen2_audio"], tmp_path / "windowed"))
@@ -153,18 +153,18 @@ def test_replay_is_refused_where_the_decoder_does_something_else(
     (windowed / "config.json").write_text(json.dumps(config))
     lalm = load(windowed, "qwen2_audio")
     pair = make_pair(lalm, prompt, "chat")
-    engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-5)
+    engine, checks = choose_engine(lalm, EngineSettings("auto"), pair, ids)
     assert isinstance(engine, DirectEngine)
     assert "sliding_attention" in caplog.text
     with pytest.raises(ModelError, match="engine=replay does not work"):
-        choose_engine(lalm, EngineSettings("replay"), pair, ids, 1e-5)
+        choose_engine(lalm, EngineSettings("replay"), pair, ids)
 
 
 def test_replay_that_gives_other_numbers_is_not_used(
     checkpoints: dict[str, Path], prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
-    pair, ids = make_pair(lalm, prompt, "chat"), lalm.target_ids(prompt, "chat")
+    pair, ids = make_pair(lalm, prompt, "chat", 1e-9), lalm.target_ids(prompt, "chat")
     view = BaseRun.view
 
     def disturbed(self: BaseRun, layer: int, mark: bool = False) -> LayerView:
@@ -172,7 +172,7 @@ def test_replay_that_gives_other_numbers_is_not_used(
         return seen if self.keys else replace(seen, entering=seen.entering * 1.5)
 
     monkeypatch.setattr(BaseRun, "view", disturbed)
-    engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, ids, 1e-9)
+    engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, ids)
     assert isinstance(engine, DirectEngine)
 
 

@@ -109,7 +109,7 @@ def test_sites_inside_a_layer_prove_themselves(native: LALM, prompt: Prompt, sit
     layout = native.family.layouts[0]
     pair, ids = make_pair(native, prompt, layout), native.target_ids(prompt, layout)
     place = Place(site, 1, native.num_layers, native.num_heads)
-    _, checks = choose_engine(native, EngineSettings("replay"), pair, ids, TOLERANCE, place)
+    _, checks = choose_engine(native, EngineSettings("replay"), pair, ids, place)
     assert {check.name: check.passed for check in checks} == dict.fromkeys(
         ("replay_at_load", "site_adds_up", "noise_floor"), True
     )

@@ -21,7 +21,8 @@ from lalm_patch.config.words import override, quoted, typed
 from lalm_patch.errors import ConfigError
 from lalm_patch.models import FAMILIES
 from lalm_patch.models.names import BUILT_IN
-from lalm_patch.settings import ALLOWED, CHOICES, NOT_PART_OF_A_RUN, RunSettings
+from lalm_patch.settings import ALLOWED, CHOICES, RunSettings
+from lalm_patch.settings.of_a_run import NOT_PART_OF_A_RUN
 from lalm_patch.settings.ranges import Listed, Number, Place, Refused, Switch, Text, Whole, Word
 
 

@@ -9,6 +9,7 @@ lens        what the logit lens sees, in the causal curve's units
 grounding   whether attention to the audio tells wrong answers
 licence     how well approximate cells agree with exact ones
 ledger      who counts and why not
+precision   what rounding did to the numbers
 recovery    means with intervals, the peak
 depth       fusion depth and abruptness
 profiles    recovery of the text's segments, the object-token effect
@@ -39,6 +40,7 @@ from lalm_patch.analysis.licence import Licence, licence
 from lalm_patch.analysis.metric import METRICS, with_metric
 from lalm_patch.analysis.options import chance, classes, has_own_options, option_texts, right_options
 from lalm_patch.analysis.paper import CLAIMS, Claim
+from lalm_patch.analysis.precision import Precision, in_short, is_inexact, precision
 from lalm_patch.analysis.profiles import ObjectEffect, object_effect, segment_profiles
 from lalm_patch.analysis.recovery import (
     Cell,
@@ -69,6 +71,7 @@ __all__ = [
     "ObjectEffect",
     "Part",
     "Peak",
+    "Precision",
     "Verdict",
     "about",
     "accuracy",
@@ -81,6 +84,8 @@ __all__ = [
     "fusion",
     "grounding",
     "has_own_options",
+    "in_short",
+    "is_inexact",
     "is_readable",
     "is_right",
     "kept_samples",
@@ -93,6 +98,7 @@ __all__ = [
     "peak_interval",
     "peak_layer",
     "planted_window",
+    "precision",
     "ratio_of_means",
     "relevant",
     "right_options",

@@ -11,6 +11,7 @@ import xarray as xr
 
 from lalm_patch.analysis.alignment import align_tokens, kept_samples
 from lalm_patch.analysis.licence import licence
+from lalm_patch.analysis.precision import widened
 from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
 from lalm_patch.analysis.run_info import about
 
@@ -96,6 +97,7 @@ def mean_recovery(
     licence(dataset)  # no mean of approximate cells without one
     samples = align_tokens(dataset) if "token" in dataset["recovery_rate"].dims else kept_samples(dataset)
     found = mean_over_samples(samples["recovery_rate"], group_names(samples), confidence, seed, n_resamples)
+    found = widened(found, dataset, confidence)
     kept = {"n_samples": dataset.sizes["sample"], "n_kept": samples.sizes["sample"]}
     alignment = {key: samples.attrs[key] for key in ("token_alignment",) if key in samples.attrs}
     return found.assign_attrs({**kept, **alignment})

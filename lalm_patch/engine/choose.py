@@ -22,7 +22,7 @@ from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
 from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
-from lalm_patch.models.proof import Told, tell_nobody
+from lalm_patch.models.proof import TOLERANCE, Told, in_float32, tell_nobody
 from lalm_patch.settings import APPROXIMATE, EngineSettings
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 PROOF_CELLS = 6
 PROOF_STEPS = 3 + PROOF_CELLS
 """What `choose_engine` tells of, where replay works: replay's cells, the direct engine's, and the noise floor."""
+EXACT_STEPS = 1 + PROOF_CELLS
+"""What it tells of besides for a model that computes in less than float32."""
 STANDARD = Place()
 """The residual stream after single layers."""
 
@@ -67,11 +69,13 @@ def choose_engine(
     settings: EngineSettings,
     pair: Pair,
     option_ids: tuple[int, ...],
-    tolerance: float,
     place: Place = STANDARD,
     told: Told = tell_nobody,
 ) -> tuple[Engine, list[Check]]:
     """The engine for a model, and what was checked to choose it: of an approximation, its exact engine.
+
+    Of a model that computes in less than float32, cells are computed in float32, too: two engines may differ by what
+    the direct one is wrong by, see `Pair.tolerance`.
 
     `told` hears of every forward pass of the direct engine, and of what replay computes.
 
@@ -83,17 +87,17 @@ def choose_engine(
     if place.knockout:
         check_cuts(lalm)
     exact = replace(settings, name="auto") if settings.name in APPROXIMATE else settings
-    engine, checks = _choose(lalm, exact, pair, option_ids, tolerance, place, told)
+    engine, checks = _choose(lalm, exact, pair, option_ids, place, told)
     if place.site in (Site.ATTN, Site.MLP, Site.HEAD):
-        checks = [*checks, site_adds_up(lalm, pair, option_ids, tolerance, place.site)]
+        checks = [*checks, site_adds_up(lalm, pair, option_ids, place.site)]
     told("noise_floor")
-    checks = [*checks, noise_floor(engine, pair.silence, option_ids, tolerance, place)]
+    checks = [*checks, noise_floor(engine, pair.silence, option_ids, pair.tolerance, place)]
     if settings.name in APPROXIMATE:
         return ApproximateEngine(lalm, engine, settings.name, settings.steps), checks
     return engine, checks
 
 
-def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], tolerance: float, site: Site) -> Check:
+def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], site: Site) -> Check:
     """Whether attention and MLP are all that layers add to the residual stream.
 
     Both runs end with the same token. Where what attention (or all its heads) and the MLP give at that position is the
@@ -108,7 +112,7 @@ def site_adds_up(lalm: LALM, pair: Pair, ids: tuple[int, ...], tolerance: float,
     engine = DirectEngine(lalm)
     (restored,) = engine.cells(pair.noise, pair.silence, [everything], ids).probabilities
     expected = engine.base(pair.noise, pair.silence, ids).probabilities[0]
-    return Check.at_most("site_adds_up", float(np.abs(restored - expected).max()), tolerance)
+    return Check.at_most("site_adds_up", float(np.abs(restored - expected).max()), pair.tolerance)
 
 
 def noise_floor(
@@ -133,7 +137,6 @@ def _choose(
     settings: EngineSettings,
     pair: Pair,
     option_ids: tuple[int, ...],
-    tolerance: float,
     place: Place,
     told: Told,
 ) -> tuple[Engine, list[Check]]:
@@ -143,12 +146,14 @@ def _choose(
     if obstacle is None:
         replay = ReplayEngine(lalm, settings.pack_tokens, settings.memory_budget)
         try:
-            check = _proof(replay, pair, option_ids, tolerance, place, told)
+            checks = _proof(replay, pair, option_ids, place, told)
         except NotImplementedError as error:
             obstacle = str(error)
         else:
-            if check.passed:
-                return replay, [check]
+            failed = [check for check in checks if not check.passed]
+            if not failed:
+                return replay, checks
+            check = failed[0]
             obstacle = (
                 f"it differs from the direct engine by {check.value:.2g} in probability (bound {check.bound:.2g})"
             )
@@ -160,8 +165,9 @@ def _choose(
     return DirectEngine(lalm), []
 
 
-def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: float, place: Place, told: Told) -> Check:
+def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], place: Place, told: Told) -> list[Check]:
     """Compare the engines on the two base runs and a few random cells of both kinds of grid."""
+    lalm = replay.lalm
     grid = _random_cells(replay.lalm, pair.noise, place, place.knockout)
     runs = pair.noise, pair.silence
     told("replay_at_load, by replay")
@@ -173,7 +179,21 @@ def _proof(replay: ReplayEngine, pair: Pair, ids: tuple[int, ...], tolerance: fl
     told("replay_at_load, by the direct engine")
     slow = direct.sweep(*runs, grid, ids, lambda _: told("replay_at_load, by the direct engine")).probabilities
     differences = np.abs(fast - slow).max(), np.abs(base - direct.base(*runs, ids).probabilities).max()
-    return Check.at_most("replay_at_load", float(max(differences)), tolerance)
+    checks = []
+    if not lalm.exact:
+        told("rounding, cells in float32")
+        with lalm.exactly():
+            exactly = in_float32(lalm, pair.noise), in_float32(lalm, pair.silence)
+            direct = DirectEngine(lalm)
+            if pair.exact:
+                direct.remember(*exactly, torch.cat([pair.exact["noise"], pair.exact["silence"]]))
+            exact = direct.sweep(*exactly, grid, ids, lambda _: told("rounding, cells in float32")).probabilities
+            again = (
+                ReplayEngine(lalm, replay.pack_tokens, replay.memory_budget).sweep(*exactly, grid, ids).probabilities
+            )
+        pair.measured(slow, exact)
+        checks = [Check.at_most("replay_in_float32", float(np.abs(again - exact).max()), TOLERANCE)]
+    return [Check.at_most("replay_at_load", float(max(differences)), pair.tolerance), *checks]
 
 
 def _random_cells(lalm: LALM, encoding: Encoding, place: Place, knockout: bool = False) -> Grid:

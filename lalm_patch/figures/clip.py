@@ -10,7 +10,7 @@ import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lalm_patch.analysis import about, licence, run_settings
+from lalm_patch.analysis import about, in_short, licence, run_settings
 from lalm_patch.analysis.options import option_texts
 from lalm_patch.errors import DataError
 from lalm_patch.figures.run import axis_name, brackets
@@ -77,7 +77,11 @@ def plot_clip(
         else:
             rows.append({"layer": int(layer), "recovery_rate": float(rates[index])})
     with styled():
-        return save(_draw(clip, sample, waveform, rate, about(dataset).title, answers), folder, name, as_csv(rows))
+        return save(_draw(clip, sample, waveform, rate, _title(dataset), answers), folder, name, as_csv(rows))
+
+
+def _title(dataset: xr.Dataset) -> str:
+    return "; ".join(filter(None, [about(dataset).title, in_short(dataset)]))
 
 
 def was_patched(dataset: xr.Dataset) -> np.ndarray:

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lalm_patch.analysis import about, mean_recovery, planted_window, segments, why_none_counts
+from lalm_patch.analysis import about, in_short, mean_recovery, planted_window, segments, why_none_counts
 from lalm_patch.analysis.early_text import accuracy_without_early_audio
 from lalm_patch.figures.style import PALETTE, ROLE_COLOURS, canvas, diverging, label, save, styled, words
 
@@ -63,13 +63,14 @@ def _title(dataset: xr.Dataset) -> str:
     return words(about(dataset).title)
 
 
-def _counts(recovery: xr.Dataset) -> str:
+def _counts(dataset: xr.Dataset, recovery: xr.Dataset) -> str:
     kept, groups = int(recovery["n"].max()), int(recovery["groups"].max())
     fewest = int(recovery["n"].where(recovery["n"] > 0).min())
     clustered = f" from {groups} groups" if groups < kept else ""
-    return (
+    counts = (
         f"n = {kept if fewest == kept else f'{fewest} to {kept}'} of {recovery.attrs['n_samples']} samples{clustered}"
     )
+    return "\n".join(filter(None, [counts, in_short(dataset)]))
 
 
 def _draw_nothing(dataset: xr.Dataset) -> Figure:
@@ -109,7 +110,7 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     axes.set(xlabel=axis_name(recovery["layer"]), ylabel=about(dataset).measure, ylim=(bottom, top))
     axes.set_xlim(layers.min() - 0.5, layers.max() + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    axes.set_title(f"{_title(dataset)}\n{_counts(recovery)}")
+    axes.set_title(f"{_title(dataset)}\n{_counts(dataset, recovery)}")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     legend = axes.legend(handles, labels, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
@@ -133,7 +134,7 @@ def _draw_tokens(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     )
     axes.set_xlabel("token after the audio")
     top = brackets(figure, axes, [str(role) for role in recovery["token_role"].values])
-    heading = f"{_title(dataset)}: {_counts(recovery)}"
+    heading = f"{_title(dataset)}: {_counts(dataset, recovery)}"
     if bool(recovery["averaged"].any()):
         heading += "\n" + fill(words(recovery.attrs["token_alignment"]), 70)
     axes.annotate(heading, (0.5, 1), (0, top), "axes fraction", textcoords="offset points", ha="center", fontsize=10)
@@ -152,7 +153,7 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
     axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
     axes.set_xlabel(axis_name(dataset[column]))
-    axes.set_title(f"{_title(dataset)}: {_counts(recovery)}")
+    axes.set_title(f"{_title(dataset)}: {_counts(dataset, recovery)}")
     return figure
 
 

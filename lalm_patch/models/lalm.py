@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.offload import Offloaded, computed_dtypes
 from lalm_patch.models.placement import dtype_of, placement
-from lalm_patch.models.precision import compute_with, stored_parameters
+from lalm_patch.models.precision import HALF, compute_with, exactly, stored_parameters, sums_in_float32
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
 from lalm_patch.models.weights import check_finite
@@ -210,6 +211,24 @@ class LALM:
     def state_dtype(self) -> torch.dtype:
         """Floating-point type of the states between layers."""
         return self.dtype if self.precision == "as_loaded" else torch.float32
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes as a model in float32 does."""
+        if self.dtype not in HALF:
+            return True
+        return self.precision == "float32" and not sums_in_float32(self.device.type, self.dtype)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Plain float32 of the same weights while the context is open: what rounding is measured against."""
+        before = self.precision
+        with exactly(self.module, self.offloaded):
+            self.precision = "float32"
+            try:
+                yield
+            finally:
+                self.precision = before
 
     # --- inputs ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ with a layer while it is there. It works by hooks on the layers: whoever calls t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lalm_patch.errors import ModelError
+from lalm_patch.models.precision import HALF
 from lalm_patch.models.weights import refuse_not_finite
 
 _MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ [1-9]\d*\s+(/.*)$")
@@ -136,6 +137,26 @@ class Offloaded:
         for layer_module, index in self._numbers.items():
             layer_module.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
 
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """The parameters of layers that come and go."""
+        return {one.parameter for layer in self._layers for one in layer}
+
+    @contextmanager
+    def bringing(self, widened: Container[str]) -> Iterator[None]:
+        """While the context is open, some parameters, by name, come in float32."""
+        chosen = [one for layer in self._layers for one in layer if one.name in widened and one.dtype in HALF]
+        before = [one.dtype for one in chosen]
+        self._forget()
+        for one in chosen:
+            one.dtype = torch.float32
+        try:
+            yield
+        finally:
+            self._forget()
+            for one, dtype in zip(chosen, before, strict=True):
+                one.dtype = dtype
+
     def bring_in(self, layer: nn.Module) -> None:
         """Have a layer's weights where it computes: for who looks at its device before calling it."""
         if (index := self._numbers.get(layer)) is not None:
@@ -175,6 +196,13 @@ class Offloaded:
             for one in self._layers[self._here]:
                 one.parameter.data = one.kept
             self._here = None
+
+    def _forget(self) -> None:
+        """No layer is here, and none is on its way."""
+        self._leave()
+        if self._next is not None:
+            self._next[1].result()
+            self._next = None
 
     def _take(self, index: int) -> _Brought:
         """A layer's weights: those that are on their way, if they are the ones."""

@@ -12,17 +12,21 @@ was rounded:
   widened while it is used.
 
 Weights stay stored as they are. What is no linear layer and no embedding (norms, convolutions) is small and is widened
-for good.
+for good. How far a model is from float32 can be measured on itself, see `exactly`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lalm_patch.models.offload import Offloaded
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -39,19 +43,59 @@ def compute_with(module: nn.Module, mode: str) -> bool:
     """
     if mode == "as_loaded" or not any(parameter.dtype in HALF for parameter in module.parameters()):
         return False
-    product = _stream if mode == "stream" else _exact
-    kept = set()
+    _multiply_with(module, _stream if mode == "stream" else _exact)
+    for tensor in _widened(module):
+        tensor.data = tensor.data.float()
+    return True
+
+
+@contextmanager
+def exactly(module: nn.Module, offloaded: Offloaded | None = None) -> Iterator[None]:
+    """Let a model compute in plain float32, whatever it computes with else, while the context is open.
+
+    Every linear layer widens its weight while it is used, on any device; what is computed outside must not be mixed
+    with what is computed inside.
+
+    Args:
+        module: the model.
+        offloaded: what brings its layers' weights in, if they are not all where it computes.
+    """
+    undo = _multiply_with(module, _plainly)
+    away = set() if offloaded is None else offloaded.parameters
+    widened = [tensor for tensor in _widened(module) if tensor not in away]
+    before = [tensor.data for tensor in widened]
+    try:
+        with ExitStack() as stack:
+            if offloaded is not None:
+                stored = stored_parameters(module)
+                others = {name for name, _ in module.named_parameters()} - stored
+                stack.enter_context(offloaded.bringing(others))
+            for tensor in widened:
+                tensor.data = tensor.data.float()
+            yield
+    finally:
+        for tensor, data in zip(widened, before, strict=True):
+            tensor.data = data
+        for restore in reversed(undo):
+            restore()
+
+
+def _multiply_with(module: nn.Module, product: Callable[[Tensor, Tensor], Tensor]) -> list[Callable[[], None]]:
+    """Give linear layers a product, and embeddings float32 out; returns what takes it back."""
+    undo = []
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            _replace(part, partial(_linear, part, product))
-            kept.add(id(part.weight))
+            undo.append(_replace(part, partial(_linear, part, product)))
         elif isinstance(part, nn.Embedding):
-            _replace(part, partial(_embedding, part))
-            kept.add(id(part.weight))
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dtype in HALF and id(tensor) not in kept:
-            tensor.data = tensor.data.float()
-    return True
+            undo.append(_replace(part, partial(_embedding, part)))
+    return undo
+
+
+def _widened(module: nn.Module) -> Sequence[Tensor]:
+    """Parameters and buffers in half precision that are computed with in float32."""
+    kept = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear | nn.Embedding)}
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if tensor.dtype in HALF and id(tensor) not in kept]
 
 
 def stored_parameters(module: nn.Module) -> set[str]:
@@ -63,9 +107,13 @@ def stored_parameters(module: nn.Module) -> set[str]:
     }
 
 
-def _replace(part: nn.Module, forward: Callable[..., Tensor]) -> None:
+def _replace(part: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:
+    """Give a module another forward pass; returns what takes it back."""
     # accelerate has put a forward pass of its own before the module's, and keeps that under another name.
-    setattr(part, "_old_forward" if hasattr(part, "_old_forward") else "forward", forward)
+    name = "_old_forward" if hasattr(part, "_old_forward") else "forward"
+    own = vars(part).get(name)
+    setattr(part, name, forward)
+    return partial(delattr, part, name) if own is None else partial(setattr, part, name, own)
 
 
 def _linear(part: nn.Linear, product: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> Tensor:
@@ -85,7 +133,7 @@ def _stream(states: Tensor, weight: Tensor) -> Tensor:
     rounded = states.to(weight.dtype)
     if sums_in_float32(weight.device.type, weight.dtype):
         return _product(rounded, weight)
-    return nn.functional.linear(rounded.float(), weight.float())
+    return _plainly(rounded, weight)
 
 
 def _exact(states: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +148,12 @@ def _exact(states: Tensor, weight: Tensor) -> Tensor:
         high = states.to(weight.dtype)
         low = (states - high.float()).to(weight.dtype)
         return _product(high, weight).add_(_product(low, weight))
-    return nn.functional.linear(states, weight.float())
+    return _plainly(states, weight)
+
+
+def _plainly(states: Tensor, weight: Tensor) -> Tensor:
+    """By definition: [..., out] float32."""
+    return nn.functional.linear(states.float(), weight.float())
 
 
 def _product(states: Tensor, weight: Tensor) -> Tensor:

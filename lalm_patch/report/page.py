@@ -20,6 +20,7 @@ from lalm_patch.analysis import (
     compare,
     exclusion_table,
     fusion,
+    in_short,
     lost_classes,
     object_effect,
     peak_interval,
@@ -98,6 +99,7 @@ def make_report(
     text = _template().render(
         title=_title(runs),
         runs=[_run(run) | {"variant": variant} for run, variant in zip(finished, variants(runs), strict=True)],
+        rounded=any(in_short(run) for run in runs),
         unfinished=[str(run.status.folder) for run in unfinished],
         findings=relevant(check_claims(runs)),
         comparisons=compare(runs),
@@ -154,6 +156,7 @@ def _run(found: CollectedRun) -> dict[str, Any]:
         "mean_of_ratios": float(last["mean"].mean()),
         "ratio_of_means": _ratio_of_means(run) if counts else np.nan,
         "effect": effect,
+        "precision": in_short(run),
         "planted": planted_window(run),
         "nothing": "" if counts else why_none_counts(run),
         "notes": lost_classes(run),

@@ -15,6 +15,7 @@ from lalm_patch.interventions.spans import PADDING, start_of
 from lalm_patch.models.roles import segments_of
 from lalm_patch.results.observations import observed
 from lalm_patch.results.questions import numbers, own_questions, tags
+from lalm_patch.results.resolution import Resolution, resolution
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.storage.netcdf import clean_text
 from lalm_patch.storage.run_store import SampleRecord
@@ -88,6 +89,15 @@ def build_dataset(
     rows = np.arange(n_samples)
     p_base = np.exp(base_logits[rows, :, answers] - base_sums)
     p_patched = _of_answers(logits, sums, answers)
+    float32_base, float32_cells = _in_float32(samples, dims, coords, logits.shape, answers)
+    rows_of = (n_samples, -1)
+    resolved = resolution(
+        np.concatenate([p_base, p_patched.reshape(rows_of)], axis=1),
+        np.concatenate([float32_base, float32_cells.reshape(rows_of)], axis=1),
+        str(attributes["checks"]) if "checks" in attributes else "[]",
+        None if "settings" not in attributes else json.loads(attributes["settings"]).get("min_gap"),
+    )
+    reasons, details = _exclusions(samples, p_base, resolved)
     gap_shape = (n_samples, *[1] * len(shape))
     clean, corrupted = (p_base[:, column].reshape(gap_shape) for column in (0, 1))
     direction = str(attributes.get("direction", "denoising"))
@@ -103,12 +113,17 @@ def build_dataset(
         "p_corrupted": _variable("sample", p_base[:, 1], "probability of the answer, corrupted run", "1"),
         "option_logit_patched": _variable((*cell_dims, "option"), logits, "logit, patched run", "nat", missing=missing),
         "logsumexp_patched": _variable(cell_dims, sums, "logsumexp of the logits, patched run", "nat", missing=missing),
-        "exclusion": _variable("sample", _texts(samples, "exclusion"), "why the sample does not count; else empty"),
-        "exclusion_detail": _variable("sample", _texts(samples, "detail"), "more on the exclusion"),
-        "kept": _variable(
-            "sample", np.array([not sample.meta["exclusion"] for sample in samples], bool), "whether the sample counts"
-        ),
+        "exclusion": _variable("sample", np.array(reasons, object), "why the sample does not count; else empty"),
+        "exclusion_detail": _variable("sample", np.array(details, object), "more on the exclusion"),
+        "kept": _variable("sample", np.array([not reason for reason in reasons], bool), "whether the sample counts"),
     }
+    if np.isfinite(float32_base).any():
+        note = "NaN: not computed a second time"
+        for column, run in enumerate(("clean", "corrupted")):
+            text = f"probability of the answer in float32, {run} run"
+            variables[f"p_{run}_float32"] = _variable("sample", float32_base[:, column], text, "1", missing=note)
+        text = "probability of the answer in float32, patched run"
+        variables["p_patched_float32"] = _variable(cell_dims, float32_cells, text, "1", missing=note)
     for column, run in enumerate(("clean", "corrupted")):
         name = f"{run} run"
         top = base_top[:, column]
@@ -128,7 +143,7 @@ def build_dataset(
                 f"transcript given beside the audio, {name}; empty for none",
             )
     if any("licence_cells" in sample.meta for sample in samples):
-        exact_logits, exact_sums = _exact(samples, dims, coords, logits.shape)
+        exact_logits, exact_sums = _some_cells(samples, dims, coords, logits.shape, "licence_cells", "exact")
         exact = _of_answers(exact_logits, exact_sums, answers)
         beside, note = "computed exactly beside the approximation", f"{missing}; or the cell was not chosen"
         text = f"probability of the answer, patched run, {beside}"
@@ -148,12 +163,15 @@ def build_dataset(
         variables, coords=_coordinates(samples, options, coords, text_length, str(attributes.get("site")))
     )
     dataset = dataset.assign(seen.data_vars).assign_coords(seen.coords).assign_coords(tags(samples))
-    reasons = Counter(sample.meta["exclusion"] for sample in samples)
+    counts = Counter(reasons)
     dataset.attrs = {
         **attributes,
+        "error_of_a_probability": resolved.error,
+        "error_measured_as": resolved.how,
+        "smallest_gap_that_counts": resolved.least,
         "n_samples": n_samples,
-        "n_kept": reasons[Exclusion.KEPT],
-        "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(reasons.items()) if reason}),
+        "n_kept": counts[Exclusion.KEPT],
+        "n_excluded_by_reason": json.dumps({reason: count for reason, count in sorted(counts.items()) if reason}),
     }
     return dataset
 
@@ -170,24 +188,69 @@ def _of_answers(logits: np.ndarray, sums: np.ndarray, answers: np.ndarray) -> np
     return np.asarray(np.exp(np.take_along_axis(logits, chosen, -1)[..., 0] - sums))
 
 
-def _exact(
+def _some_cells(
     samples: Sequence[SampleRecord],
     dims: Sequence[str],
     coords: Mapping[str, Sequence[int] | np.ndarray],
     shape: tuple[int, ...],
+    which: str,
+    name: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Options' logits and logsumexp of the cells that were computed exactly beside an approximation; NaN elsewhere."""
+    """Options' logits and logsumexp of cells that were computed a second time; NaN elsewhere.
+
+    Args:
+        samples: the run's.
+        dims: of its grid.
+        coords: along them.
+        shape: of the logits, [sample, *dims, option].
+        which: where a sample's record has the cells' indices.
+        name: of the arrays.
+    """
     logits = np.full(shape, np.nan, np.float32)
     sums = np.full(shape[:-1], np.nan, np.float32)
     for row, sample in enumerate(samples):
-        if "licence_cells" not in sample.meta:
+        if not sample.meta.get(which):
             continue
         own = sample.arrays["patched_logsumexp"].shape
-        cells = np.unravel_index(sample.meta["licence_cells"], own)
+        cells = np.unravel_index(sample.meta[which], own)
         places = [where[index] for where, index in zip(_places(sample, dims, coords, own), cells, strict=True)]
-        logits[(row, *places)] = _widened(sample.arrays["exact_option_logits"], shape[-1])
-        sums[(row, *places)] = sample.arrays["exact_logsumexp"]
+        logits[(row, *places)] = _widened(sample.arrays[f"{name}_option_logits"], shape[-1])
+        sums[(row, *places)] = sample.arrays[f"{name}_logsumexp"]
     return logits, sums
+
+
+def _in_float32(
+    samples: Sequence[SampleRecord],
+    dims: Sequence[str],
+    coords: Mapping[str, Sequence[int] | np.ndarray],
+    shape: tuple[int, ...],
+    answers: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The answers' probabilities that were computed in float32, too: [sample, 2] of clean and corrupted run, and of
+    cells [sample, *dims]; NaN elsewhere."""
+    base = np.full((len(samples), 2), np.nan, np.float32)
+    for row, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        if "float32_base_logsumexp" in sample.arrays:
+            logits = sample.arrays["float32_base_option_logits"][:, answer]
+            base[row] = np.exp(logits - sample.arrays["float32_base_logsumexp"])
+    logits, sums = _some_cells(samples, dims, coords, shape, "float32_cells", "float32")
+    return base, _of_answers(logits, sums, answers)
+
+
+def _exclusions(
+    samples: Sequence[SampleRecord], p_base: np.ndarray, resolved: Resolution
+) -> tuple[list[str], list[str]]:
+    """Why each sample does not count, and more on it: by its record, or because its gap [sample, 2] is too small."""
+    reasons = [str(sample.meta["exclusion"]) for sample in samples]
+    details = [str(sample.meta["detail"]) for sample in samples]
+    for row, (clean, corrupted) in enumerate(p_base.astype(np.float64)):
+        if reasons[row] == Exclusion.KEPT and clean - corrupted < resolved.least:
+            reasons[row] = str(Exclusion.UNRESOLVED)
+            details[row] = (
+                f"its gap of {clean - corrupted:.2g} is below {resolved.least:.2g}, "
+                f"{resolved.least / resolved.error:g} times the error of a probability ({resolved.how})"
+            )
+    return reasons, details
 
 
 def _windows(samples: Sequence[SampleRecord]) -> np.ndarray:

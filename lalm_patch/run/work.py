@@ -24,6 +24,7 @@ from lalm_patch.storage.run_store import RunStore, is_finished
 from lalm_patch.storage.shards import Shard, mark_complete, remove_journals, shard_folders, stored_elsewhere
 from lalm_patch.terminal import Progress, Waiting
 from lalm_patch.tracing.metrics import own_question
+from lalm_patch.tracing.rechecks import Rechecks
 
 if TYPE_CHECKING:
     from lalm_patch.models import LALM
@@ -66,8 +67,9 @@ def complete_shard(plan: RunPlan, shard: Shard, folder: Path, command: str) -> x
         elsewhere = stored_elsewhere(folder, plan.identity, but=shard_folder)
         todo = [record for record in own if record.id not in elsewhere]
         if {record.id for record in todo} - store.completed():
-            spot_checks = shard.share(plan.settings.engine.spot_checks)
-            _trace_missing(plan, store, todo, spot_checks, preparation.open())
+            engine = plan.settings.engine
+            rechecks = Rechecks(shard.share(engine.spot_checks), shard.share(engine.float32_clips))
+            _trace_missing(plan, store, todo, rechecks, preparation.open())
         mark_complete(shard_folder, plan.identity, len(own))
     stored = stored_elsewhere(folder, plan.identity)
     if missing := sum(record.id not in stored for record in plan.records):
@@ -89,7 +91,8 @@ def _complete(plan: RunPlan, folder: Path, command: str, preparation: _Preparati
         else:
             if taken := sum(store.absorb(shard) for shard in shard_folders(folder)):
                 log.info("taken over from shards: %d samples", taken)
-            _trace_missing(plan, store, plan.records, plan.settings.engine.spot_checks, preparation.open())
+            rechecks = Rechecks(plan.settings.engine.spot_checks, plan.settings.engine.float32_clips)
+            _trace_missing(plan, store, plan.records, rechecks, preparation.open())
             dataset = _dataset(plan, store, preparation.open().tracer, command)
             dataset.attrs["seconds_of_last_process"] = round(time.monotonic() - started, 1)
             store.finalise(dataset)
@@ -169,7 +172,7 @@ def _open(plan: RunPlan, outline: LALM, out: dict[str, LeftOut]) -> _Opened:
 
 
 def _trace_missing(
-    plan: RunPlan, store: RunStore, records: Sequence[Record], spot_checks: int, opened: _Opened
+    plan: RunPlan, store: RunStore, records: Sequence[Record], rechecks: Rechecks, opened: _Opened
 ) -> None:
     """Trace every one of some clips that the store does not have yet.
 
@@ -177,7 +180,7 @@ def _trace_missing(
         plan: the run.
         store: where samples go.
         records: the clips.
-        spot_checks: how many cells of them to compute twice in all.
+        rechecks: how much of them to compute twice in all.
         opened: the model.
     """
     settings, tracer = plan.settings, opened.tracer
@@ -185,7 +188,8 @@ def _trace_missing(
     todo = [record for record in records if record.id not in done]
     if done:
         log.info("going on: %d of %d samples are stored already", len(records) - len(todo), len(records))
-    spot_checked = sum(int(store.sample(id).meta.get("spot_checked_cells", 0)) for id in done)
+    for id in done:
+        rechecks.less(store.sample(id).meta)
     title = f"{settings.model.name} {settings.attr.name} {settings.granularity.name}"
     with Progress(len(todo) * tracer.cells_per_sample, title) as progress:
         for record in todo:
@@ -194,7 +198,7 @@ def _trace_missing(
                 arrays, meta = _heard(plan.looks[record.id])
                 store.add(record.id, arrays, _left_out_meta(record, opened.left_out[record.id]) | meta)
         usable = [record for record in todo if record.id not in opened.left_out]
-        for record, trace in tracer.traces(usable, spot_checks - spot_checked, progress, store.folder):
+        for record, trace in tracer.traces(usable, rechecks, progress, store.folder):
             enforce([Check(**check) for check in trace.meta.get("checks", [])], settings.on_failed_check)
             arrays, meta = _heard(plan.looks[record.id])
             store.add(record.id, trace.arrays | arrays, trace.meta | meta)

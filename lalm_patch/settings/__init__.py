@@ -262,7 +262,10 @@ class EngineSettings:
             null: with `model.offload` as many as fit, else one.
         precision: as_loaded, stream or float32 (docs/method.md); null: float32, on a server as_loaded.
         spot_checks: cells of a run that the direct engine computes again, two per clip.
-        tolerance: largest difference in probability that replay may show; null chooses by dtype.
+        float32_clips: where a run computes in less than float32, clips that count of which both runs and some cells
+            are computed in float32, too: the run says how precise it is. 0: it does not know.
+        float32_cells: cells of each of them.
+        tolerance: largest difference in probability that replay may show; null: as measured, see docs/method.md.
         licence_cells: of an approximation, cells of every clip that are computed exactly, too.
         steps: of integrated_gradients, points on the line between the two runs.
     """
@@ -273,6 +276,8 @@ class EngineSettings:
     clips: Annotated[int | None, Whole(1)] = None
     precision: Annotated[str | None, one_of("as_loaded", "stream", "float32")] = None
     spot_checks: Annotated[int, Whole(0)] = 8
+    float32_clips: Annotated[int, Whole(0)] = 4
+    float32_cells: Annotated[int, Whole(1)] = 16
     tolerance: Annotated[float | None, Number(0, 1)] = None
     licence_cells: Annotated[int, Whole(1)] = 16
     steps: Annotated[int, Whole(1)] = 8
@@ -323,6 +328,8 @@ class RunSettings:
         on_failed_check: stop, or warn (store the failed check and go on).
         trace_excluded: also trace clips that the model names wrongly, or rightly without the sound; they still do not
             count, and no mean has them.
+        min_gap: a clip counts if its gap between clean and corrupted run is at least so many times the measured error
+            of a probability; null: whatever its gap.
         threads: CPU threads for torch; null leaves torch's choice.
         shard: null for all clips, or `i/n`: this process does part i (from 1) of the clips, dealt to n processes that
             may run at once; the last one to end writes the run's result.
@@ -347,6 +354,7 @@ class RunSettings:
     seed: Annotated[int, SEED] = 0
     on_failed_check: Annotated[str, one_of("stop", "warn")] = "stop"
     trace_excluded: bool = False
+    min_gap: Annotated[float | None, Number(0)] = 5.0
     threads: Annotated[int | None, Whole(1, 4096)] = None
     shard: Annotated[str | None, SHARD] = None
 
@@ -356,42 +364,6 @@ ON_EMBEDDINGS = ("gaussian", "mean")
 
 WHOLE_VOCABULARY = ("rank", "kl")
 """Metrics that need more than the options' logits and their sum over the vocabulary."""
-
-# Settings that say where or how fast a run computes, or what is drawn, not what is computed: changing them keeps the
-# run's folder.
-NOT_PART_OF_A_RUN: tuple[str, ...] = (
-    "outputs",
-    "run_name",
-    "dry_run",
-    "threads",
-    "shard",
-    "on_failed_check",
-    "metric.name",
-    "model.device",
-    "model.device_map",
-    "engine.pack_tokens",
-    "engine.memory_budget",
-    "engine.clips",
-    "model.offload",
-    "backend.host",
-    "backend.max_jobs",
-    "backend.poll_seconds",
-    "backend.retries",
-    "backend.pause_seconds",
-    "backend.longest_pause_seconds",
-    "backend.forget_seconds",
-    "backend.stale_seconds",
-)
-
-ADDED_LATER = {
-    "attr.answer": None,
-    "data.audio": None,
-    "data.path": None,
-    "prompt.options": "words",
-    "prompt.answer": "first_token",
-    "trace_excluded": False,
-}
-"""Settings that older runs do not know, and the value that does what those runs did: it tells no runs apart."""
 
 ALLOWED: dict[str, Allowed] = allowed(RunSettings)
 """What every setting takes, by its path."""

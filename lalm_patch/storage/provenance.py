@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lalm_patch.settings import ADDED_LATER, NOT_PART_OF_A_RUN, RunSettings
+from lalm_patch.settings import RunSettings
+from lalm_patch.settings.of_a_run import ADDED_LATER, NOT_PART_OF_A_RUN
 
 _PLACES = ("data.root", "data.audio", "data.path", "model.id", "model.decoder", "model.encoder")
 LIBRARIES = ("torch", "transformers", "nnsight", "numpy", "xarray", "soundfile", "soxr")

@@ -18,7 +18,7 @@ from torch import nn
 
 from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine.approximate import check_relevance
-from lalm_patch.engine.choose import PROOF_STEPS, replay_obstacle
+from lalm_patch.engine.choose import EXACT_STEPS, PROOF_STEPS, replay_obstacle
 from lalm_patch.engine.cuts import check_cuts
 from lalm_patch.engine.memory import (
     GIB,
@@ -39,7 +39,8 @@ from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, TokenTable
 from lalm_patch.models.placement import device_name
-from lalm_patch.models.proof import NOISE_SECONDS, PASSES, noise_clip
+from lalm_patch.models.precision import HALF
+from lalm_patch.models.proof import NOISE_SECONDS, noise_clip, passes
 from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Record
 from lalm_patch.tracing.questions import Questions
@@ -130,7 +131,11 @@ def describe_run(
         f"site {settings.site.name}, {settings.direction.name}"
         + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
         f"engine   {engine}: {cost.passes} {unit} per clip, clean and corrupted run included",
-        *([f"proof    {PASSES + PROOF_STEPS} steps before the first clip, most of them forward passes"] * (not there)),
+        *(
+            []
+            if there
+            else _proof_lines(settings, lalm.dtype not in HALF or settings.engine.precision in (None, "float32"))
+        ),
         f"memory   {cost.weights / _GIGA:.2f} GB of weights ({settings.model.dtype}), about "
         f"{cost.working / _GIGA:.2f} GB beside them",
         f"time     about {_duration(cost.seconds)} per clip{total} (matrix products alone, on "
@@ -215,6 +220,19 @@ def _example(records: list[Record] | DataError) -> tuple[np.ndarray, str]:
         record = records[0]
         return record.waveform(None), f"clip {record.id}"
     return noise_clip(), f"{NOISE_SECONDS:g} s of noise"
+
+
+def _proof_lines(settings: RunSettings, exact: bool) -> list[str]:
+    """What is computed besides the cells of clips."""
+    steps = passes(exact) + PROOF_STEPS + (0 if exact else EXACT_STEPS)
+    lines = [f"proof    {steps} steps before the first clip, most of them forward passes"]
+    engine = settings.engine
+    if not exact and engine.float32_clips:
+        lines.append(
+            f"float32  both runs and {engine.float32_cells} cells of {engine.float32_clips} clips, to measure how far "
+            f"engine.precision={engine.precision} is from it"
+        )
+    return lines
 
 
 def _token_lines(tokens: TokenTable) -> list[str]:

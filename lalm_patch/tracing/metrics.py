@@ -29,6 +29,7 @@ class Exclusion(StrEnum):
     CORRUPTED_RIGHT = "corrupted prediction right"
     LAYOUT = "clean and corrupted prompt differ in length"
     NO_EFFECT = "corruption does not lower the answer's probability"
+    UNRESOLVED = "unresolved"
 
 
 def recovery_rate(patched: FloatArray, clean: float | FloatArray, corrupted: float | FloatArray) -> FloatArray:

@@ -19,13 +19,14 @@ from lalm_patch.errors import HostError, ModelError
 from lalm_patch.interventions.grids import Grid
 from lalm_patch.interventions.patches import Intervention, Patch
 from lalm_patch.models import TokenTable
-from lalm_patch.models.proof import noise_clip
+from lalm_patch.models.proof import UNMEASURED, noise_clip
 from lalm_patch.stimuli import Prompt, Record
 from lalm_patch.storage.jobs import Job, JobBook
 from lalm_patch.terminal import Progress
 from lalm_patch.tracing.corruptions import digest_of
 from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked
+from lalm_patch.tracing.rechecks import Rechecks
 from lalm_patch.tracing.remote_jobs import ClipJobs
 from lalm_patch.tracing.samples import SampleTrace, readout_arrays
 from lalm_patch.tracing.tracer import Tracer
@@ -58,6 +59,8 @@ class RemoteTracer(Tracer):
 
     def _open(self, prompt: Prompt) -> TokenTable:
         self.server = NdifEngine(self.lalm, self.settings.model, self.settings.backend)
+        # A server computes as its weights are, so how far that is from float32 is not known.
+        self.tolerance = self.settings.engine.tolerance or UNMEASURED[self.lalm.dtype]
         noise = noise_clip()
         tokens, _ = self.lalm.inputs(noise, prompt, self.layout)
         silent, _ = self.lalm.inputs(np.zeros_like(noise), prompt, self.layout)
@@ -86,7 +89,7 @@ class RemoteTracer(Tracer):
         return trace
 
     def traces(
-        self, records: Sequence[Record], spot_checks: int, progress: Progress, folder: Path
+        self, records: Sequence[Record], rechecks: Rechecks, progress: Progress, folder: Path
     ) -> Iterator[tuple[Record, SampleTrace]]:
         """As `Tracer.traces`, in the order in which answers come; jobs a former process sent are picked up again."""
         backend, book = self.settings.backend, JobBook(folder)
@@ -96,7 +99,7 @@ class RemoteTracer(Tracer):
         while waiting or flying:
             while waiting and len(flying) < backend.max_jobs:
                 planned = sum(len(clip.request.repeated) for clip in flying)
-                flying.append(self._launch(waiting.popleft(), planned < spot_checks, book))
+                flying.append(self._launch(waiting.popleft(), planned < rechecks.cells, book))
             for clip in list(flying):
                 trace = self._received(clip, book)
                 if trace is None:
@@ -105,7 +108,7 @@ class RemoteTracer(Tracer):
                 for other in flying:
                     other.jobs.answered(clip.jobs)
                 self._count(clip, trace, progress)
-                spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+                rechecks.less(trace.meta)
                 yield clip.record, trace
                 book.drop(clip.record.id)
             if flying:
@@ -223,7 +226,8 @@ class RemoteTracer(Tracer):
                 raise HostError(f"{self.server.host} left {clip.record.id} out, which counts by its own numbers")
             swept = answer.cells.rows(slice(cells))
             trace.arrays |= readout_arrays("patched", swept, clip.grid.shape)
-            checks += self._identities(clip.grid, answer.base, swept, clip.request.answer, clip.tokens)
+            found = self._identity(clip.grid, answer.base, swept, clip.request.answer, clip.tokens)
+            checks += [] if found is None else [Check.at_most("last_layer_identity", found, self.tolerance)]
             if clip.verify:
                 checks += self._verified(clip, answer)
                 trace.meta["spot_checked_cells"] = len(clip.request.repeated)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lalm_patch.checks import Check
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, Readout, ReplayEngine
-from lalm_patch.engine.choose import PROOF_STEPS, choose_engine
+from lalm_patch.engine.choose import EXACT_STEPS, PROOF_STEPS, choose_engine
 from lalm_patch.engine.interface import SharesPasses, Sweep
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
 from lalm_patch.engine.whole_answers import AnswerReader, read_bases, read_sweeps
@@ -21,14 +21,16 @@ from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
-from lalm_patch.models import LALM, Encoding, TokenTable
-from lalm_patch.models.proof import PASSES, make_pair, prove, tolerance_of
+from lalm_patch.models import LALM, TokenTable
+from lalm_patch.models.proof import make_pair, passes, prove
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.terminal import Progress, Waiting
 from lalm_patch.tracing.corruptions import Corruption
 from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked, Questions
+from lalm_patch.tracing.rechecks import Rechecks
+from lalm_patch.tracing.rounding import Rounding
 from lalm_patch.tracing.samples import OpenedClip, SampleTrace, asked_meta, exact_cells, readout_arrays, sample_meta
 from lalm_patch.tracing.transcripts import Transcripts
 
@@ -54,6 +56,7 @@ class Tracer:
         option_ids: first token of each option's answer in the example prompt.
         checks: what was verified before the first sample.
         engine: the engine that computes the cells.
+        rounding: how far they are from float32.
         place: where in a layer states are exchanged, and in how many layers at once.
         noising: whether corrupted states go into the clean run, and not the other way round.
         dims: dimensions of the grid.
@@ -86,10 +89,10 @@ class Tracer:
         self.place = place_in(lalm, settings.site, settings.granularity)
         self.noising = settings.direction.name == "noising"
         self.layers = chosen_layers(self.place.num_layers, settings.granularity.layers, self.place.layer_kind)
-        self.tolerance = settings.engine.tolerance or tolerance_of(lalm)
         self.transcripts = Transcripts(lalm, settings)
         self.checks: list[Check] = []
         self.engine: Engine
+        self.rounding: Rounding
         example = self._open(replace(fixed, transcript=self.transcripts.example))
         check_present(self.place.edges, example.segments)
         grid = self.grid(example)
@@ -102,17 +105,18 @@ class Tracer:
 
     def _open(self, prompt: Prompt) -> TokenTable:
         """Prove the model on noise and silence and choose its engine; returns the noise's token table."""
-        pair = make_pair(self.lalm, prompt, self.layout)
+        lalm, settings = self.lalm, self.settings.engine
+        pair = make_pair(lalm, prompt, self.layout, settings.tolerance)
         done = itertools.count()
+        steps = passes(lalm.exact) + PROOF_STEPS + (0 if lalm.exact else EXACT_STEPS)
 
         def told(check: str) -> None:
-            self._waiting.step(f"proving the model, {check}", next(done), PASSES + PROOF_STEPS)
+            self._waiting.step(f"proving the model, {check}", next(done), steps)
 
-        self.checks += prove(self.lalm, pair, told)
-        self.engine, engine_checks = choose_engine(
-            self.lalm, self.settings.engine, pair, self.option_ids, self.tolerance, self.place, told
-        )
+        self.checks += prove(lalm, pair, told)
+        self.engine, engine_checks = choose_engine(lalm, settings, pair, self.option_ids, self.place, told)
         self.checks += engine_checks
+        self.rounding = Rounding(lalm, self.engine, settings, pair, self.settings.seed)
         return pair.noise.tokens
 
     @property
@@ -134,13 +138,13 @@ class Tracer:
         return self.questions.ask(record).prompt
 
     def traces(
-        self, records: Sequence[Record], spot_checks: int, progress: Progress, folder: Path
+        self, records: Sequence[Record], rechecks: Rechecks, progress: Progress, folder: Path
     ) -> Iterator[tuple[Record, SampleTrace]]:
         """Trace samples, each as soon as it is asked for; what was given out is the caller's to store.
 
         Args:
             records: the clips.
-            spot_checks: how many cells to compute twice in all.
+            rechecks: how much to compute twice in all.
             progress: is told about every cell.
             folder: the run's own folder.
         """
@@ -150,8 +154,7 @@ class Tracer:
             others = waiting[1 : self._clips(first)]
             group = [first, *(self._opened(record, record.waveform(None), progress) for record in others)]
             del waiting[: len(group)]
-            for clip, trace in zip(group, self._traced(group, spot_checks, progress), strict=True):
-                spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+            for clip, trace in zip(group, self._traced(group, rechecks, progress), strict=True):
                 yield clip.record, trace
 
     def trace(self, record: Record, waveform: np.ndarray, spot_check: bool, progress: Progress) -> SampleTrace:
@@ -160,13 +163,14 @@ class Tracer:
         Args:
             record: the clip's record.
             waveform: float32 [samples] at 16 kHz.
-            spot_check: whether to compute a few random cells again with the direct engine.
+            spot_check: whether to compute a few random cells again with the direct engine, and in float32.
             progress: is told about every cell.
 
         Raises:
             ModelError: clean and corrupted input differ in their positions.
         """
-        (trace,) = self._traced([self._opened(record, waveform, progress)], int(spot_check), progress)
+        rechecks = Rechecks(int(spot_check), int(spot_check))
+        (trace,) = self._traced([self._opened(record, waveform, progress)], rechecks, progress)
         return trace
 
     def _clips(self, clip: OpenedClip) -> int:
@@ -213,7 +217,7 @@ class Tracer:
             f"clip and {self.corruption.name} give {len(clip.clean.tokens)} and {len(clip.corrupted.tokens)} positions"
         )
 
-    def _traced(self, clips: Sequence[OpenedClip], spot_checks: int, progress: Progress) -> list[SampleTrace]:
+    def _traced(self, clips: Sequence[OpenedClip], rechecks: Rechecks, progress: Progress) -> list[SampleTrace]:
         """Trace clips that go through the model together; of the first ones that count, cells are computed twice."""
         bases = read_bases(self.engine, [(clip.read, clip.source, clip.target) for clip in clips])
         if self.noising:
@@ -235,8 +239,12 @@ class Tracer:
         for number, swept in zip(wanted, read_sweeps(self.engine, sweeps), strict=True):
             clip, trace = clips[number], traces[number]
             trace.arrays |= readout_arrays("patched", swept, clip.grid.shape)
-            self._check(clip, trace, bases[number], swept, spot_checks > 0)
-            spot_checks -= int(trace.meta.get("spot_checked_cells", 0))
+            if rechecks.clips > 0 and not self.lalm.exact and not trace.meta["exclusion"]:
+                arrays, meta = self.rounding.measured(clip)
+                trace.arrays |= arrays
+                trace.meta |= meta
+            self._check(clip, trace, bases[number], swept, rechecks.cells > 0)
+            rechecks.less(trace.meta)
         return traces
 
     def _looked_at(self, clip: OpenedClip, base: Readout) -> SampleTrace:
@@ -255,7 +263,7 @@ class Tracer:
         trace.meta |= {"transcript_clean": clip.spoken[0], "transcript_corrupted": clip.spoken[1]}
         if reason is Exclusion.LAYOUT:
             trace.meta["detail"] = f"{self._lengths(clip)}: each run reads its own transcript (transcript=upstream)"
-        seen = self._observe(trace, clip.clean, clip.corrupted, base.probabilities[:, answer], read.first_ids[answer])
+        seen = self._observe(trace, clip, base.probabilities[:, answer])
         trace.meta["checks"] = [vars(check) for check in seen]
         return trace
 
@@ -270,26 +278,30 @@ class Tracer:
             return
         # An answer of several tokens is read at several positions: no single one carries everything.
         several = len(clip.read.answers[answer]) > 1
-        checks = [] if several else self._identities(grid, base, swept, answer, clip.clean.tokens)
+        found = None if several else self._identity(grid, base, swept, answer, clip.clean.tokens)
+        checks = [] if found is None else [self._explained("last_layer_identity", found, clip)]
         if spot_check and isinstance(self.engine, ReplayEngine):
             cells, exact = exact_cells(
                 self._oracle, clip.source, clip.target, grid, self._spots(record, grid), clip.read
             )
             difference = float(np.abs(exact.probabilities - swept.probabilities[cells]).max())
-            checks.append(Check.at_most("replay_equals_direct", difference, self.tolerance))
+            checks.append(self._explained("replay_equals_direct", difference, clip))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] += [vars(check) for check in checks]
+
+    def _explained(self, name: str, difference: float, clip: OpenedClip) -> Check:
+        """Whether rounding explains a difference in probability between two ways to compute the same of a clip."""
+        return Check.at_most(name, difference, self.rounding.bound(clip, difference))
 
     def _said(self, base: Readout) -> list[str]:
         """The most probable token of each base run."""
         tokenizer = self.lalm.family.tokenizer
         return [str(tokenizer.decode([int(id)], skip_special_tokens=False)) for id in base.top_id]
 
-    def _observe(
-        self, trace: SampleTrace, clean: Encoding, corrupted: Encoding, p_base: np.ndarray, token: int
-    ) -> list[Check]:
-        """Look at the two runs without changing them, as far as the settings ask for it; the answer is a token."""
+    def _observe(self, trace: SampleTrace, clip: OpenedClip, p_base: np.ndarray) -> list[Check]:
+        """Look at the two runs without changing them, as far as the settings ask for it."""
         checks = []
+        clean, corrupted, token = clip.clean, clip.corrupted, clip.read.first_ids[clip.asked.right]
         if self.settings.observe.lens:
             found = [lens(self.lalm, encoding, token) for encoding in (clean, corrupted)]
             text = max(probabilities.shape[1] for probabilities, _ in found)
@@ -297,7 +309,7 @@ class Tracer:
             trace.arrays |= {"lens_text": np.stack(padded), "lens_audio": np.stack([audio for _, audio in found])}
             ends = [float(probabilities[-1, -1]) for probabilities, _ in found]
             worst = float(np.abs(np.array(ends) - p_base).max())
-            checks.append(Check.at_most("lens_ends_at_the_answer", worst, self.tolerance))
+            checks.append(self._explained("lens_ends_at_the_answer", worst, clip))
         if self.settings.observe.attention:
             trace.arrays["audio_attention"] = audio_attention(self.lalm, clean)
         return checks
@@ -308,10 +320,13 @@ class Tracer:
         described = sample_meta(record.label, record.group, samples, tokens, reason)
         return described | asked_meta(record, asked)
 
-    def _identities(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> list[Check]:
-        """What holds for any weights: the last position of the last layer carries everything, others nothing."""
+    def _identity(self, grid: Grid, base: Readout, swept: Readout, answer: int, tokens: TokenTable) -> float | None:
+        """What holds for any weights: the last position of the last layer carries everything, others nothing.
+
+        The largest difference in probability from it; None where no cell is of that kind.
+        """
         if self.place.site is not Site.RESID:
-            return []
+            return None
         last_layer, last = self.lalm.num_layers - 1, len(tokens) - 1
         clean, corrupted = base.probabilities[:, answer]
         source, target = (corrupted, clean) if self.noising else (clean, corrupted)
@@ -321,9 +336,7 @@ class Tracer:
             if [patch.layer for patch in cell.patches] == [last_layer]:
                 expected = source if last in cell.patches[0].positions else target
                 worst, found = max(worst, abs(float(probability - expected))), True
-        if not found:
-            return []
-        return [Check.at_most("last_layer_identity", worst, self.tolerance)]
+        return worst if found else None
 
     def _spots(self, record: Record, grid: Grid, count: int = SPOT_CHECKED_PER_SAMPLE) -> np.ndarray:
         """Indices of the cells of a sample that are computed twice."""
