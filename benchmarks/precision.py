@@ -2,14 +2,16 @@
 
     python benchmarks/precision.py CHECKPOINT DATA_ROOT      # a folder of family qwen2_audio, and SAKURA
 
-The reference is the same weights widened for good, through the direct engine. `split` is what a GPU does with bfloat16
-weights, computed here in float32: products of the two parts of each input.
+The reference is the same weights widened for good. All cells of the token-wise grid are computed by replay, some by the
+direct engine. `split` is what a GPU does with bfloat16 weights, computed here in float32: products of the two parts of
+each input. Memory is what the process takes at most beyond what it has once the model is loaded (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from lalm_patch.stimuli import Attribute, silence
 from lalm_patch.tracing.questions import Questions
 
 WIDENED = "widened for good"
+MIB = 2**20
 
 
 def main() -> None:
@@ -34,8 +37,8 @@ def main() -> None:
     made.add_argument("root")
     made.add_argument("--family", default="qwen2_audio")
     made.add_argument("--attr", default="gender")
-    made.add_argument("--clips", type=int, default=2)
-    made.add_argument("--cells", type=int, default=24)
+    made.add_argument("--clips", type=int, default=1)
+    made.add_argument("--direct-cells", type=int, default=12)
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--json")
     options = made.parse_args()
@@ -49,12 +52,16 @@ def main() -> None:
     rows: list[list[str | int | float]] = []
     for mode, clips in found.items():
         for number, (clip, exact) in enumerate(zip(clips, found[WIDENED], strict=True)):
-            direct, replay = clip["direct"] - exact["direct"], clip["replay"] - exact["direct"]
-            base = float(np.abs(clip["base"] - exact["base"]).max())
-            between = float(np.abs(clip["direct"] - clip["replay"]).max())
-            rows.append([mode, number, rms(direct), rms(replay), between, base, clip["seconds"] / exact["seconds"]])
+            some = clip["some"]
+            row: list[str | int | float] = [mode, number, rms(clip["direct"] - exact["direct"])]
+            row += [rms(clip["replay"] - exact["replay"]), float(np.abs(clip["direct"] - clip["replay"][some]).max())]
+            row += [float(np.abs(clip["base"] - exact["base"]).max()), clip["seconds"] / exact["seconds"]]
+            rows.append([*row, round(clip["stored"] / MIB), round(clip["more"] / MIB)])
     columns = ["", "clip", "direct, rms", "replay, rms", "replay against direct", "base runs", "time"]
-    emit([Table(f"Errors of a probability, {options.cells} cells", columns, rows)], options)
+    columns += ["weights, MiB", "beyond them, MiB"]
+    cells = [len(clip["replay"]) for clip in found[WIDENED]]
+    notes = [f"{cells} cells by replay, {options.direct_cells} by the direct engine; time is replay's, whole sweep."]
+    emit([Table("Errors of a probability", columns, rows, notes)], options)
 
 
 def rms(numbers: np.ndarray) -> float:
@@ -62,8 +69,14 @@ def rms(numbers: np.ndarray) -> float:
     return float(np.sqrt((numbers**2).mean()))
 
 
+def status(field: str) -> int:
+    """A size of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
 def measured(options: argparse.Namespace, mode: str, widen: bool = False) -> list[dict[str, Any]]:
-    """Of each clip: probabilities of base runs and of random cells by both engines, and replay's seconds."""
+    """Of each clip: probabilities of base runs and of cells by both engines, replay's seconds and memory."""
     what = f"model={options.family}", f"model.id={options.checkpoint}", "model.dtype=bfloat16", f"attr={options.attr}"
     settings = compose(*what, f"data.root={options.root}")
     attribute = Attribute(**vars(settings.attr))
@@ -74,16 +87,19 @@ def measured(options: argparse.Namespace, mode: str, widen: bool = False) -> lis
     for record in load_records(settings, attribute)[: options.clips]:
         asked, waveform = questions.ask(record), record.waveform(None)
         runs = [lalm.encode(sound, asked.prompt, questions.layout) for sound in (waveform, silence(waveform))]
-        cells = token_grid(runs[0].tokens, range(lalm.num_layers)).cells
-        chosen = np.random.default_rng(0).choice(len(cells), options.cells, replace=False)
-        grid = Grid(("cell",), {"cell": chosen}, tuple(cells[index] for index in chosen))
+        grid = token_grid(runs[0].tokens, range(lalm.num_layers))
+        some = np.random.default_rng(0).choice(len(grid.cells), options.direct_cells, replace=False)
+        few = Grid(("cell",), {"cell": some}, tuple(grid.cells[index] for index in some))
         ids = [answer[0] for answer in asked.answers]
-        started = time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")
+        before, started = status("VmRSS"), time.perf_counter()
         replay = ReplayEngine(lalm).sweep(*runs, grid, ids).probabilities
-        seconds = time.perf_counter() - started
+        seconds, more = time.perf_counter() - started, status("VmHWM") - before
         engine = DirectEngine(lalm)
-        base, direct = (engine.base(*runs, ids).probabilities, engine.sweep(*runs, grid, ids).probabilities)
-        clips.append({"base": base, "direct": direct, "replay": replay, "seconds": seconds})
+        base, direct = (engine.base(*runs, ids).probabilities, engine.sweep(*runs, few, ids).probabilities)
+        stored = sum(parameter.numel() * parameter.itemsize for parameter in lalm.module.parameters())
+        numbers = {"base": base, "direct": direct, "replay": replay, "some": some}
+        clips.append({**numbers, "seconds": seconds, "stored": stored, "more": more})
     return clips
 
 

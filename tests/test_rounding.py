@@ -88,7 +88,7 @@ def test_a_fault_that_constant_bounds_hid_is_found(
 
     def wrong(self: Any, *args: Any, **keywords: Any) -> Any:
         found = right(self, *args, **keywords)
-        found.option_logits[:] += 0.3
+        found.option_logits[:] += 0.05
         return found
 
     monkeypatch.setattr(ReplayEngine, "sweep", wrong)
@@ -96,7 +96,7 @@ def test_a_fault_that_constant_bounds_hid_is_found(
     prove(lalm, pair)
     engine, _ = choose_engine(lalm, EngineSettings("auto"), pair, likely_tokens(lalm, pair.noise, pair.silence))
     assert engine.name == "direct"
-    assert "it differs from the direct engine by 0.0" in caplog.text
+    assert 0.02 < float(caplog.text.partition("direct engine by ")[2].split()[0]) < 0.05
 
 
 def test_what_a_run_says_of_itself_is_its_error(tmp_path: Path) -> None:

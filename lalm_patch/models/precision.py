@@ -28,6 +28,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lalm_patch.models.offload import Offloaded
 
+WIDENED_AT_ONCE = 2**22
+"""Numbers of a weight that are in memory in float32 at once: 16 MiB."""
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -152,8 +154,11 @@ def _exact(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _plainly(states: Tensor, weight: Tensor) -> Tensor:
-    """By definition: [..., out] float32."""
-    return nn.functional.linear(states.float(), weight.float())
+    """By definition: [..., out] float32. Large weights (a head's) are widened in pieces."""
+    states, rows = states.float(), max(1, WIDENED_AT_ONCE // weight.shape[1])
+    if len(weight) <= rows:
+        return nn.functional.linear(states, weight.float())
+    return torch.cat([nn.functional.linear(states, part.float()) for part in weight.split(rows)], dim=-1)
 
 
 def _product(states: Tensor, weight: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class Tracer:
         for number, swept in zip(wanted, read_sweeps(self.engine, sweeps), strict=True):
             clip, trace = clips[number], traces[number]
             trace.arrays |= readout_arrays("patched", swept, clip.grid.shape)
-            if rechecks.clips > 0 and not self.lalm.exact and not trace.meta["exclusion"]:
+            if rechecks.clips > 0 and not self.lalm.exact:
                 arrays, meta = self.rounding.measured(clip)
                 trace.arrays |= arrays
                 trace.meta |= meta
