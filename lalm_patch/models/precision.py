@@ -158,7 +158,7 @@ def _plainly(states: Tensor, weight: Tensor) -> Tensor:
     states, rows = states.float(), max(1, WIDENED_AT_ONCE // weight.shape[1])
     if len(weight) <= rows:
         return nn.functional.linear(states, weight.float())
-    return torch.cat([nn.functional.linear(states, part.float()) for part in weight.split(rows)], dim=-1)
+    return torch.cat([nn.functional.linear(states, part.float()) for part in torch.split(weight, rows)], dim=-1)
 
 
 def _product(states: Tensor, weight: Tensor) -> Tensor:
