@@ -67,7 +67,7 @@ def main() -> None:
         rows.append([*name, stated, true, true / stated])
     share = np.mean(np.array(ratios) <= COVERED)
     notes = [
-        f"{RUNS} runs of {CLIPS_OF_A_RUN} clips; in {share:.1%} the true error is at most {COVERED} times the stated one; "
+        f"{RUNS} runs of {CLIPS_OF_A_RUN} clips; in {share:.1%} the true error is at most {COVERED} times the stated; "
         f"ratio from {min(ratios):.2f} to {max(ratios):.2f}, median {np.median(ratios):.2f}; seed {SEED}."
     ]
     columns = ["weights", "precision", "question", "stated", "true", "true / stated"]
