@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise
+from filelock import FileLock
 from real_decoder import save_real_decoder, weights_file
 from scipy.stats import spearmanr
 
@@ -20,8 +21,6 @@ from lalm_patch.models import LALM, Encoding
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings, ModelSettings
 from lalm_patch.stimuli import Prompt, silence
-
-pytestmark = pytest.mark.xdist_group("real decoder")
 
 PROMPT = Prompt("Is the speaker male or female?", ("male", "female"), "The speaker is")
 CELLS = 10
@@ -43,9 +42,14 @@ def some(grid: Grid, seed: int = 0, cells: int = CELLS) -> Grid:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("real_decoder")
-    save_real_decoder(made)
+def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The checkpoint, made once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "real_decoder"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            save_real_decoder(made.with_suffix(".part"))
+            made.with_suffix(".part").rename(made)
     return made
 
 
