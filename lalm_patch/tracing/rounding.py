@@ -8,16 +8,19 @@ again in plain float32 with the same weights. What is stored is these numbers; e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lalm_patch.engine import ApproximateEngine, DirectEngine, Engine, ReplayEngine
+from lalm_patch.engine.interface import Sweep
+from lalm_patch.engine.whole_answers import read_bases, read_sweeps
 from lalm_patch.models import LALM
 from lalm_patch.models.proof import Pair, in_float32
 from lalm_patch.settings import EngineSettings
-from lalm_patch.tracing.samples import OpenedClip, exact_cells, readout_arrays
+from lalm_patch.tracing.samples import OpenedClip, exact_cells, readout_arrays, some_cells
 
 
 class Rounding:
@@ -37,8 +40,8 @@ class Rounding:
     def __init__(self, lalm: LALM, engine: Engine, settings: EngineSettings, pair: Pair, seed: int) -> None:
         self.lalm = lalm
         self.tolerance = pair.tolerance
-        self._pair, self._settings, self._seed = pair, settings, seed
-        self._approximate = isinstance(engine, ApproximateEngine)
+        self._pair, self._seed = pair, seed
+        self._cells = 0 if isinstance(engine, ApproximateEngine) else settings.float32_cells
         inner = engine.exact if isinstance(engine, ApproximateEngine) else engine
         replayed = isinstance(inner, ReplayEngine)
         self._engine: Engine = (
@@ -66,22 +69,33 @@ class Rounding:
             self.tolerance = self._pair.tolerance
         return self.tolerance
 
-    def measured(self, clip: OpenedClip) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Clean and corrupted run and some cells in float32, as a sample's arrays and what its record says of them.
+    def measured(self, clips: Sequence[OpenedClip]) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+        """Clean and corrupted run and some cells of clips in float32, as samples' arrays and what their records say.
 
         Of an approximation only the two runs: its cells are off by more than rounding.
         """
-        chosen = self._chosen(clip, 0 if self._approximate else self._settings.float32_cells)
+        if not clips:
+            return []
+        chosen = [np.sort(self._chosen(clip, self._cells)) for clip in clips]
         with self.lalm.exactly():
-            exact = self._in_float32(clip)
-            base = clip.read.base(self._engine, exact.source, exact.target)
+            exact = [self._in_float32(clip) for clip in clips]
+            bases = read_bases(self._engine, [(clip.read, clip.source, clip.target) for clip in exact])
+            swept = []
+            if self._cells:
+                grids = [some_cells(clip.grid, cells) for clip, cells in zip(clips, chosen, strict=True)]
+                sweeps = [
+                    (clip.read, Sweep(clip.source, clip.target, grid, ()))
+                    for clip, grid in zip(exact, grids, strict=True)
+                ]
+                swept = read_sweeps(self._engine, sweeps)
+        found = []
+        for number, (clip, base) in enumerate(zip(clips, bases, strict=True)):
             arrays = readout_arrays("float32_base", base.rows(slice(None, None, -1)) if clip.noising else base, (2,))
-            cells: list[int] = []
-            if len(chosen):
-                cells, found = exact_cells(self._engine, exact.source, exact.target, clip.grid, chosen, clip.read)
-                arrays |= readout_arrays("float32", found, (len(found),))
-        kept = ("_option_logits", "_logsumexp")
-        return {name: array for name, array in arrays.items() if name.endswith(kept)}, {"float32_cells": cells}
+            if swept:
+                arrays |= readout_arrays("float32", swept[number], (len(swept[number]),))
+            kept = {name: array for name, array in arrays.items() if name.endswith(("_option_logits", "_logsumexp"))}
+            found.append((kept, {"float32_cells": chosen[number].tolist()}))
+        return found
 
     def _chosen(self, clip: OpenedClip, count: int) -> np.ndarray:
         """Indices of cells, the same in every clip with as many: then their mean error is known, too."""

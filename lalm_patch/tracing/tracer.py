@@ -236,16 +236,22 @@ class Tracer:
         for number in wanted:
             clip = clips[number]
             sweeps.append((clip.read, Sweep(clip.source, clip.target, clip.grid, (), progress.advance)))
+        self._measure_rounding([(clips[number], traces[number]) for number in wanted], rechecks)
         for number, swept in zip(wanted, read_sweeps(self.engine, sweeps), strict=True):
             clip, trace = clips[number], traces[number]
             trace.arrays |= readout_arrays("patched", swept, clip.grid.shape)
-            if rechecks.clips > 0 and not self.lalm.exact:
-                arrays, meta = self.rounding.measured(clip)
-                trace.arrays |= arrays
-                trace.meta |= meta
             self._check(clip, trace, bases[number], swept, rechecks.cells > 0)
             rechecks.less(trace.meta)
         return traces
+
+    def _measure_rounding(self, traced: Sequence[tuple[OpenedClip, SampleTrace]], rechecks: Rechecks) -> None:
+        """Compute the first ones in float32, too."""
+        if self.lalm.exact:
+            return
+        first = traced[: max(0, rechecks.clips)]
+        for (_, trace), (arrays, meta) in zip(first, self.rounding.measured([clip for clip, _ in first]), strict=True):
+            trace.arrays |= arrays
+            trace.meta |= meta
 
     def _looked_at(self, clip: OpenedClip, base: Readout) -> SampleTrace:
         """What the two base runs say: whether the clip counts, and what else is to be seen in them."""
