@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from lalm_patch.config import at_home, chain, config_folder, explained, load, register, to_settings, told_by_libraries
 from lalm_patch.errors import ConfigError, LalmPatchError, StoreError
+from lalm_patch.imports import in_command, uncollected
 from lalm_patch.settings import RunSettings
 from lalm_patch.storage.journal import disk_is_full, storage_error
 from lalm_patch.storage.places import not_writable, unwritable
@@ -66,9 +67,10 @@ def run_one(config: DictConfig) -> None:
 
 
 def _carry_out(settings: RunSettings, folder: Path, command: str) -> None:
-    from lalm_patch.run import dry_run, run
+    with uncollected():
+        from lalm_patch.run import dry_run, run
 
-    _quiet_libraries()
+        _quiet_libraries()
     if settings.dry_run:
         print(dry_run(settings))
     else:
@@ -89,6 +91,7 @@ def main() -> None:
     """Entry point. Exits with 1 if a run failed or was refused, with 130 if it was interrupted."""
     application = hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(run_one)
     everything = os.environ.get(_RAISE) == "1"
+    in_command()
     try:
         if _looked_at(get_args_parser().parse_args()):
             os.environ[_RAISE] = "1"

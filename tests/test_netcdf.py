@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -118,6 +119,9 @@ def test_text_of_every_kind_and_coordinates_stay_where_they_are() -> None:
     assert (found["nothing"].shape, found["nothing"].dtype.kind) == ((2, 0), "U")
     assert found["half"].dtype == np.float32
     xr.testing.assert_identical(plain(found), found)
+    stored, own = sanitise(dataset), io.BytesIO()
+    stored.to_netcdf(own, engine="h5netcdf")
+    assert to_bytes(stored) == own.getvalue()
 
 
 def test_what_has_no_form_in_netcdf_is_named() -> None:
@@ -133,6 +137,15 @@ def test_a_dataset_that_would_change_is_refused() -> None:
     dates = xr.Dataset({"v": ("d", [1.0, 2.0], {"units": "days since 2000-01-01"})})
     with pytest.raises(ValueError, match="v: float64 became datetime64"):
         to_bytes(sanitise(dates))
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [xr.Dataset(attrs={"": 1}), xr.Dataset({"": ("d", [1.0])}), xr.Dataset({"v": ("d", [1.0], {"": 1})})],
+)
+def test_an_empty_name_is_refused(dataset: xr.Dataset) -> None:
+    with pytest.raises(ValueError, match="empty name"):
+        to_bytes(sanitise(dataset))
 
 
 def test_a_config_survives_as_json() -> None:

@@ -9,6 +9,7 @@ explaining    what Hydra and YAML say, in a sentence
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import replace
 
 from omegaconf import DictConfig, OmegaConf
@@ -67,7 +68,15 @@ def to_settings(config: DictConfig) -> RunSettings:
     """
     # The name last: it follows from the others, and what is wrong with them should be said of them.
     settings = _without_name(config)
-    return replace(settings, run_name=check_value("run_name", resolved(config, "run_name")))
+    token = _being_named.set((config, settings))
+    try:
+        return replace(settings, run_name=check_value("run_name", resolved(config, "run_name")))
+    finally:
+        _being_named.reset(token)
+
+
+_being_named: ContextVar[tuple[DictConfig, RunSettings] | None] = ContextVar("_being_named", default=None)
+"""A configuration and its settings while their name is looked up, which follows from them: they are read once."""
 
 
 def _without_name(config: DictConfig) -> RunSettings:
@@ -77,7 +86,8 @@ def _without_name(config: DictConfig) -> RunSettings:
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    return run_name(_without_name(_root_))
+    known = _being_named.get()
+    return run_name(known[1] if known is not None and known[0] is _root_ else _without_name(_root_))
 
 
 def _run_folder(*, _root_: DictConfig) -> str:

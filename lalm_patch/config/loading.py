@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -119,7 +119,15 @@ def _loader(folder: str | None, extra: str | None) -> ConfigLoaderImpl:
     return loader
 
 
-class _Files(FileConfigSource):  # type: ignore[misc]
+class _NotCopied:
+    """A source of configurations that Hydra shares where it would copy it for each composition: it is a place, and a
+    copy of one took all schemas of Hydra's store along."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class _Files(_NotCopied, FileConfigSource):  # type: ignore[misc]
     """A folder of YAML files, each parsed once for as long as it stays as it is: compositions share most of theirs."""
 
     def load_config(self, config_path: str) -> Any:
@@ -143,7 +151,7 @@ _parsed: dict[tuple[Any, ...], Any] = {}
 MOST_PARSED = 256
 
 
-class StructuredConfigSource(HydraSchemas):  # type: ignore[misc]  # Hydra looks for this name
+class StructuredConfigSource(_NotCopied, HydraSchemas):  # type: ignore[misc]  # Hydra looks for this name
     """Of Hydra's store only what is Hydra's or ours: an application around us keeps its own schemas there."""
 
     def load_config(self, config_path: str) -> Any:

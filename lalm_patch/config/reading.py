@@ -6,6 +6,7 @@ key that was added with `+`.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
@@ -169,12 +170,17 @@ def _removed(config: DictConfig, path: str) -> bool:
 
 
 def _make(kind: type[_Made], values: Mapping[str, Any], prefix: str = "") -> _Made:
-    hints = get_type_hints(kind)
     made: dict[str, Any] = {}
-    for name, hint in hints.items():
+    for name, hint in _hints(kind).items():  # type: ignore[arg-type]  # a class is hashable
         path = f"{prefix}{name}"
         if is_dataclass(hint) and isinstance(hint, type):
             made[name] = _make(hint, values, f"{path}.")
         elif path in values:
             made[name] = values[path]
     return kind(**made)
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Types of a section's settings; they are written as text, which takes compiling."""
+    return get_type_hints(kind)

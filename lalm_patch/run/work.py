@@ -16,6 +16,7 @@ import xarray as xr
 
 from lalm_patch.checks import Check, enforce, to_json, worst
 from lalm_patch.errors import BusyError, StoreError
+from lalm_patch.imports import uncollected
 from lalm_patch.results import build_dataset
 from lalm_patch.run.plan import LeftOut, RunPlan, left_out, unaskable
 from lalm_patch.stimuli import Look, Record
@@ -129,9 +130,11 @@ def _look(plan: RunPlan) -> tuple[LALM, dict[str, LeftOut]]:
     Raises:
         LalmPatchError: clips cannot be used, or there is no such model.
     """
-    import torch
+    with uncollected():
+        import torch
 
-    from lalm_patch.models import LALM, check_family
+        from lalm_patch.models import LALM, check_family
+        from lalm_patch.tracing import tracer  # noqa: F401
 
     settings = plan.settings
     check_family(settings)

@@ -7,6 +7,8 @@ when the process exits; and bytes in hand can be checksummed and read back befor
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from lalm_patch.storage.journal import dump_json
 
 if TYPE_CHECKING:
     import xarray as xr
+    from xarray.backends.common import AbstractDataStore
 
 
 def clean_text(text: str) -> str:
@@ -63,9 +66,7 @@ def stored_as(dataset: xr.Dataset) -> tuple[bytes, xr.Dataset]:
 
     Raises ValueError if it would not read back as it is, e.g. for units that xarray takes for dates.
     """
-    buffer = io.BytesIO()
-    dataset.to_netcdf(buffer, engine="h5netcdf")
-    data = buffer.getvalue()
+    data = _written(dataset)
     found = from_bytes(data)
     changed = [
         f"{name}: {variable.dtype} became {found[name].dtype}"
@@ -81,7 +82,30 @@ def from_bytes(data: bytes) -> xr.Dataset:
     """The dataset in the bytes of a netCDF4 file, in memory."""
     import xarray as xr
 
-    return xr.load_dataset(io.BytesIO(data), engine="h5netcdf")
+    with _store(io.BytesIO(data), "r") as store:
+        return xr.load_dataset(store)
+
+
+def _written(dataset: xr.Dataset) -> bytes:
+    """What `dataset.to_netcdf` writes, byte for byte."""
+    if any("" in names for names in (dataset.variables, dataset.attrs, *(v.attrs for v in dataset.variables.values()))):
+        raise ValueError("a variable or an attribute has an empty name, which netCDF cannot hold")
+    buffer = io.BytesIO()
+    with _store(buffer, "w") as store:
+        dataset.dump_to_store(store)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _store(buffer: io.BytesIO, mode: str) -> Iterator[AbstractDataStore]:
+    """What xarray reads a netCDF4 file from or writes it to; finding each object of it once saves half of the time."""
+    import h5netcdf
+    from xarray.backends import H5NetCDFStore
+
+    from lalm_patch.storage.hdf5 import KnownObjects
+
+    with KnownObjects(buffer, mode) as objects, h5netcdf.File(objects, mode, decode_vlen_strings=True) as file:
+        yield H5NetCDFStore(file, mode=mode)
 
 
 def _compared(dataset: xr.Dataset, found: xr.Dataset) -> str:
