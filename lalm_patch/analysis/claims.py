@@ -21,7 +21,7 @@ from lalm_patch.analysis.comparison import depth_shares
 from lalm_patch.analysis.depth import crossing
 from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import object_difference, object_effect
-from lalm_patch.analysis.recovery import group_names, layer_curves
+from lalm_patch.analysis.recovery import curves_together, group_names, layer_curves
 from lalm_patch.analysis.resampling import ClusterSums, Estimate, Resampled, resample, resample_together
 from lalm_patch.analysis.run_info import about
 
@@ -103,6 +103,7 @@ def _check(claim: Claim, index: Index) -> Finding:
         except _Missing as missing:
             parts.append(Part(name, Verdict.UNDECIDED, note=str(missing)))
             continue
+        note = "; ".join(filter(None, [note, found.reason and f"no interval, {found.reason}"]))
         verdict = _verdict(found, claim)
         if verdict is Verdict.SUPPORTED and not agrees(confidence):
             verdict = Verdict.UNDECIDED
@@ -179,7 +180,7 @@ def largest_in_window(index: Index, claim: Claim, model: str, attribute: str, ot
 def earlier_than_others(index: Index, claim: Claim, model: str, attribute: str, other: str) -> Measured:
     """Fusion depth minus that of another model, as shares of depth."""
     mine, theirs = (_one(index, name, attribute, claim.granularity) for name in (model, other))
-    one, two = resample_together([layer_curves(mine), layer_curves(theirs)], about(mine).seed, DRAWS)
+    one, two = resample_together(curves_together([mine, theirs]), about(mine).seed, DRAWS)
     return replace(one, values=depth_shares(mine, one.values) - depth_shares(theirs, two.values)), "", _always
 
 
@@ -188,7 +189,7 @@ def lead_contrast(index: Index, claim: Claim, model: str, attribute: str, other:
     both = (*claim.attributes, *claim.contrast)
     keys = [(name, attr) for attr in both for name in (model, *claim.against)]
     runs = {key: _one(index, *key, claim.granularity) for key in keys}
-    together = resample_together([layer_curves(run) for run in runs.values()], 0, DRAWS)
+    together = resample_together(curves_together(list(runs.values())), 0, DRAWS)
     shares = {key: depth_shares(runs[key], part.values) for key, part in zip(keys, together, strict=True)}
     lead = {
         attr: np.mean([shares[name, attr] for name in claim.against], axis=0) - shares[model, attr] for attr in both
