@@ -95,9 +95,19 @@ def compare(runs: Sequence[xr.Dataset], seed: int = 0, n_draws: int = DRAWS) -> 
         names = (one.attribute, two.attribute, one.model) if same_model else (one.model, two.model, one.attribute)
         if variant := its or others:
             names = (*names[:2], f"{names[2]}, {variant}")
-        groups = len(np.unique(np.concatenate([part.names for part in curves])))
-        counts = (difference.n, groups, tested.method, tested.floor, tested.limit)
-        found.append(Comparison(*names, one.granularity, difference.estimate(), tested.p, tested.p, *counts))
+        row = Comparison(
+            *names,
+            granularity=one.granularity,
+            difference=difference.estimate(),
+            p=tested.p,
+            p_adjusted=tested.p,
+            n=difference.n,
+            groups=len(np.unique(np.concatenate([part.names for part in curves]))),
+            test=tested.method,
+            p_floor=tested.floor,
+            p_limit=tested.limit,
+        )
+        found.append(row)
     if not found:
         return []
     adjusted = multipletests([row.p for row in found], method="holm")[1]

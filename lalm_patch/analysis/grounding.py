@@ -10,7 +10,7 @@ largest probability among the options, and their entropy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lalm_patch.analysis.ledger import is_readable, is_right
 from lalm_patch.analysis.options import option_texts
 from lalm_patch.analysis.recovery import group_names
-from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, draws
+from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, Resampled, draws, too_few, unanimous
 from lalm_patch.analysis.run_info import about
 from lalm_patch.errors import DataError
 
@@ -56,7 +56,9 @@ def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float =
     Args:
         dataset: dataset of a run with observe=grounding; all readable clips are used, also those that do not count.
         listener: segment of the text whose attention is the score.
-        confidence: of the intervals, from percentiles of draws of groups.
+        confidence: of the intervals, over groups like all others; they hold for the layers and signs as chosen. None
+            where fewer than `analysis.resampling.fewest_groups` groups have wrong, or right, answers; where a score
+            tells all answers apart, that of a share of which all groups say 1.
 
     Raises:
         DataError: a run that did not look, or a segment that its prompt lacks.
@@ -77,24 +79,32 @@ def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float =
             f"{wrong.sum()} wrong and {(~wrong).sum()} right answers of {len(set(groups))} groups: expected at least "
             f"{FEWEST} of each, and {FOLDS} groups"
         )
-        nothing = Estimate(np.nan, np.nan, np.nan, len(wrong), len(set(groups)))
+        nothing = Estimate(np.nan, np.nan, np.nan, len(wrong), len(set(groups)), reason)
         return Grounding(dict.fromkeys(names, nothing), nothing, int(wrong.sum()), int((~wrong).sum()), {}, reason)
     seed = about(dataset).seed
     held_out, layers = _held_out(mass.values.astype(float), wrong, groups, seed)
     options = _among_options(clips)
     entropy = -(options * np.log(np.maximum(options, 1e-30))).sum(axis=1)
     scores = (held_out, -options.max(axis=1), entropy)  # larger speaks for a wrong answer
-    values, drawn = _aurocs(scores, wrong, groups, seed)
+    values = _aurocs(scores, wrong, groups, seed)
     n, count = len(wrong), len(set(groups))
-    tail = 100 * (1 - confidence) / 2
+    sides = min(len(set(groups[wrong])), len(set(groups[~wrong])))  # what a share of pairs rests on
 
-    def estimate(value: float, found: FloatArray) -> Estimate:
-        known = found[np.isfinite(found)]
-        low, high = np.percentile(known, [tail, 100 - tail]) if known.size else (np.nan, np.nan)
-        return Estimate(float(value), float(low), float(high), n, count)
+    def estimate(found: NDArray[np.float64], least: float, exact: bool) -> Estimate:
+        value = float(found[0])
+        if reason := too_few(sides, confidence):
+            return Estimate(value, np.nan, np.nan, n, count, f"{reason} with wrong, and with right, answers")
+        whole = Resampled(found, count, n, count).estimate(confidence)
+        low, high = np.clip([whole.low, whole.high], least, 1.0)
+        if low == high and exact:  # all pairs agree, in every draw
+            bound = float(unanimous(np.array(sides), confidence))
+            low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
+        elif low == high:
+            return Estimate(value, np.nan, np.nan, n, count, "the same in all draws of groups")
+        return replace(whole, low=float(low), high=float(high))
 
-    auroc = {name: estimate(values[k], drawn[:, k]) for k, name in enumerate(names)}
-    gain = estimate(values[0] - values[1], drawn[:, 0] - drawn[:, 1])
+    auroc = {name: estimate(values[:, k], 0.0, True) for k, name in enumerate(names)}
+    gain = estimate(values[:, 0] - values[:, 1], -1.0, False)
     chosen = {int(layer): int(times) for layer, times in zip(*np.unique(layers, return_counts=True), strict=True)}
     return Grounding(auroc, gain, int(wrong.sum()), int((~wrong).sum()), chosen)
 
@@ -148,15 +158,14 @@ def _above(scores: FloatArray, wrong: NDArray[np.bool_]) -> FloatArray:
 
 def _aurocs(
     scores: tuple[FloatArray, ...], wrong: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
-) -> tuple[FloatArray, FloatArray]:
-    """AUROC of each score [scores], and over draws of groups [draws, scores]: the same draws for all."""
+) -> NDArray[np.float64]:
+    """AUROC of each score [row, score]: of the data, with one group left out, and over draws of groups; the same rows
+    for all; NaN without answers of both kinds."""
     names, members = np.unique(groups, return_inverse=True)
-    times = draws(len(names), seed)[1 + len(names) :, members]  # how often each clip was drawn
-    found, drawn = [], []
+    times = draws(len(names), seed)[:, members]  # how often each clip counts
     total = times[:, wrong].sum(axis=1) * times[:, ~wrong].sum(axis=1)
+    found = []
     for score in scores:
-        above = _above(score, wrong)
-        found.append(float(above.mean()))
-        sums = ((times[:, wrong] @ above) * times[:, ~wrong]).sum(axis=1)
-        drawn.append(np.divide(sums, total, out=np.full(len(total), np.nan), where=total > 0))
-    return np.array(found), np.stack(drawn, axis=1)
+        sums = ((times[:, wrong] @ _above(score, wrong)) * times[:, ~wrong]).sum(axis=1)
+        found.append(np.divide(sums, total, out=np.full(len(total), np.nan), where=total > 0))
+    return np.stack(found, axis=1)

@@ -84,7 +84,7 @@ def with_floor(p: float, floor: float, limit: str) -> str:
 def all_signs(groups: int) -> FloatArray:
     """All signs of groups, 1 or -1: [2^groups, group], all 1 first."""
     bits = np.arange(2**groups)[:, None] >> np.arange(groups) & 1
-    return 1.0 - 2.0 * bits
+    return np.asarray(1.0 - 2.0 * bits)
 
 
 def random_signs(groups: int, rng: np.random.Generator, drawn: int) -> FloatArray:

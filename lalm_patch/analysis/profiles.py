@@ -86,7 +86,7 @@ def object_effect(
     difference, names = object_difference(dataset, window)
     profile = mean_over_samples(difference, names, seed=seed)
     clusters = ClusterSums.of(difference.values.astype(np.float64), names)
-    present = (clusters.weights > 0).any(axis=1)
+    present = np.asarray((clusters.weights > 0).any(axis=1))
     statistic, adjusted, tested = largest_of_many(clusters.sums, present, seed, n_flips)
     profile["p"] = ("layer", adjusted, {"long_name": "one-sided p-value, adjusted for the layers looked at"})
     profile["p_floor"] = ((), tested.floor, {"long_name": "smallest p-value that the number of groups allows"})

@@ -17,6 +17,10 @@ alike:
   clusters make most of the variance: as many as give the variance of a variance that the kurtosis of the left-out
   values implies (Satterthwaite 1946; kurtosis by its unbiased estimate G2, Joanes and Gill 1998).
 
+Draws of clusters never go beyond the largest and the smallest of them, which with few clusters is not far enough.
+Therefore, with up to `FEW` clusters, an interval also holds Student's: the estimate and its standard error times
+Student's t, both as above.
+
 Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing is corrected and the interval is
 that one value. benchmarks/coverage.py measures how often they hold the truth.
 
@@ -37,6 +41,9 @@ FloatArray = NDArray[np.float64]
 
 DRAWS = 2000
 CONFIDENCE = 0.95
+
+FEW = 30
+"""Clusters up to which an interval holds Student's too."""
 
 _BLOCK = 4_000_000
 """Numbers a block of resampled means may hold: some tens of MB."""
@@ -65,13 +72,18 @@ def too_few(groups: int, confidence: float = CONFIDENCE) -> str:
     return f"too few groups: {groups}, expected at least {fewest}" if groups < fewest else ""
 
 
-def unanimous(groups: int, confidence: float = CONFIDENCE) -> float:
+def unanimous(groups: NDArray[np.int64], confidence: float = CONFIDENCE) -> FloatArray:
     """Lower end of the interval of a share of which all groups say 1 (Clopper and Pearson 1934, n successes of n).
 
-    There the bootstrap knows no spread, and its interval would be the one value 1. Of a share of which all say 0, the
-    upper end is one minus this.
+    There draws know no spread, and their interval would be the one value 1; with three groups this is 0.29, with 40
+    groups 0.91. It holds for the share of groups all of whose clips say 1, which is at most the share of clips. Of a
+    share of which all say 0, the upper end is one minus this.
+
+    Args:
+        groups: how many there are [...]; of none nothing is known, and the end is 0.
+        confidence: of the two-sided interval.
     """
-    return float(((1 - confidence) / 2) ** (1 / groups)) if groups else 0.0
+    return np.asarray(np.where(groups > 0, ((1 - confidence) / 2) ** (1 / np.maximum(groups, 1)), 0.0))
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,8 @@ class Resampled:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[FloatArray, FloatArray]:
         """Interval of each cell [...]; draws in which a value does not exist are left out.
 
-        NaN with fewer clusters than `fewest_groups`, and where no more than half of the draws have a value.
+        NaN with fewer clusters than `fewest_groups`, where no more than half of the draws have a value, and where there
+        is none without one of the clusters.
 
         Raises:
             ValueError: a confidence that is not between 0 and 1.
@@ -176,18 +189,23 @@ class Resampled:
         found = np.full((2, cells.shape[1]), np.nan)
         drawn = np.sort(cells[1 + self.left_out :], axis=0)
         count = (~np.isnan(drawn)).sum(axis=0)
-        some = np.flatnonzero((count * 2 > len(drawn)) & ~np.isnan(cells[0]))
+        missing = np.isnan(cells[: 1 + self.left_out]).any(axis=0)
+        some = np.flatnonzero((count * 2 > len(drawn)) & ~missing)
         if enough and some.size:
             drawn, count = drawn[:, some], count[some]
             shift = _bias(drawn, cells[0, some], count)
             acceleration, freedom, error = _shape(cells[1 : 1 + self.left_out, some], self.groups)
             spread = np.nanstd(drawn, axis=0)
             stretch = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
-            half = np.maximum(stretch, sqrt(self.groups / (self.groups - 1))) * t.ppf((1 + confidence) / 2, freedom)
+            student = t.ppf((1 + confidence) / 2, freedom)
+            half = np.maximum(stretch, sqrt(self.groups / (self.groups - 1))) * student
             for row, z in enumerate((-half, half)):
                 moved = shift + z
                 level = norm.cdf(shift + moved / np.maximum(1 - acceleration * moved, 1e-3))
                 found[row, some] = _sorted_quantile(drawn, count, level)
+            if self.groups <= FEW:
+                found[0, some] = np.minimum(found[0, some], cells[0, some] - student * error)
+                found[1, some] = np.maximum(found[1, some], cells[0, some] + student * error)
         shape = self.values.shape[1:]
         return found[0].reshape(shape), found[1].reshape(shape)
 
@@ -196,7 +214,7 @@ class Resampled:
         low, high = self.interval(confidence)
         reason = too_few(self.groups, confidence)
         if not reason and np.isnan(low) and not np.isnan(self.values[0]):
-            reason = "the number does not exist in most draws of groups"
+            reason = "the number does not exist without some of the groups"
         return Estimate(float(self.values[0]), float(low), float(high), self.n, self.groups, reason)
 
 
