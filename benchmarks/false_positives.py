@@ -21,7 +21,6 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 from scipy.stats import binom
-from statsmodels.stats.multitest import multipletests
 
 from benchmarks.simulation import Planted, simulate
 from lalm_patch.analysis import fusion, grounding, mean_recovery, object_effect, peak_interval, ratio_of_means
@@ -38,6 +37,9 @@ DATA_SETS = 2000
 LEVEL = 0.05
 DRAWN = 999
 """Random arrangements and draws; the analysis takes more."""
+
+ENOUGH_SILENCE = 20
+"""Data sets after which a part that withholds everything is not asked again: that depends on numbers of groups only."""
 
 PLANTED = Planted()
 STEEP = Planted(scale=0.7)
@@ -77,7 +79,7 @@ def _twice(run: xr.Dataset, rng: np.random.Generator) -> list[xr.Dataset]:
     return [run.assign(recovery_rate=run["recovery_rate"] + more) for more in noise]
 
 
-def tests_of_differences(seeds: Sequence[int], groups: int, skewness: float) -> Seen:
+def differences_tested(seeds: Sequence[int], groups: int, skewness: float) -> Seen:
     """P-values of differences in depth between two runs that are equally deep."""
 
     def run(which: int, count: int = groups, planted: Planted = PLANTED) -> xr.Dataset:
@@ -101,7 +103,7 @@ def tests_of_differences(seeds: Sequence[int], groups: int, skewness: float) -> 
     ):
         yield f"p: {name}", float(depth_test(*pair, seed=seeds[4], drawn=DRAWN).p <= LEVEL)
     family = [depth_test(*pair, seed=seeds[4], drawn=DRAWN).p for pair in combinations((a, b, c), 2)]
-    yield "p: any of three models, by Holm", float(multipletests(family, method="holm")[1].min() <= LEVEL)
+    yield "p: any of three models, by Holm", float(min(family) * len(family) <= LEVEL)
     yield "interval: difference in depth, paired", _missed(depth_difference(a, b, seeds[4]).estimate(), 0.0)
     yield "interval: difference in depth, unpaired", _missed(depth_difference(a, other, seeds[4]).estimate(), 0.0)
 
@@ -231,7 +233,7 @@ def any_mean(seeds: Sequence[int], groups: int, skewness: float) -> Seen:
 
 
 PARTS: tuple[Callable[[Sequence[int], int, float], Seen], ...] = (
-    tests_of_differences,
+    differences_tested,
     intervals_of_a_run,
     token_wise,
     layer_claims,
@@ -252,11 +254,15 @@ def measure(
         parts: what to ask.
     """
     found: dict[str, list[float | None]] = defaultdict(list)
+    speaking = list(parts)
     for index in range(data_sets):
         seeds = np.random.SeedSequence([SEED, groups, index]).generate_state(5).tolist()
-        for part in parts:
-            for name, seen in part(seeds, groups, skewness):
+        for part in tuple(speaking):
+            said = dict(part(seeds, groups, skewness))
+            for name, seen in said.items():
                 found[name].append(seen)
+            if index >= ENOUGH_SILENCE and all(seen is None for name in said for seen in found[name]):
+                speaking.remove(part)
     return found
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks.simulation import Planted, simulate
 from lalm_patch.analysis import compare, object_effect
-from lalm_patch.analysis.comparison import depth_test
+from lalm_patch.analysis.comparison import depth_difference, depth_permutation, depth_test
 from lalm_patch.analysis.depth import crossing, crossing_slopes
 from lalm_patch.analysis.permutation import (
     MOST_ENUMERATED,
@@ -26,7 +26,7 @@ from lalm_patch.analysis.permutation import (
     with_floor,
 )
 from lalm_patch.analysis.recovery import curves_together, group_names
-from lalm_patch.analysis.resampling import ClusterSums, FloatArray
+from lalm_patch.analysis.resampling import ClusterSums, FloatArray, resample
 
 ONE = np.ones((1, 1))
 
@@ -92,7 +92,7 @@ def test_paired_runs_by_brute_force(groups: int) -> None:
     for exchanged in product((False, True), repeat=groups):
         sides = [(two[g], one[g]) if swap else (one[g], two[g]) for g, swap in zip(sorted(one), exchanged, strict=True)]
         found.append(depth_over_error([first for first, _ in sides], [second for _, second in sides], True))
-    tested = depth_test(a, b)
+    tested = depth_permutation(a, b)
     assert tested.p == pytest.approx(two_sided(found, found[0]))
     assert (tested.arrangements, tested.exact) == (2**groups, True)
     assert tested.floor == 2 / 2**groups
@@ -107,7 +107,7 @@ def test_unpaired_runs_by_brute_force() -> None:
         depth_over_error([every[k] for k in inside], [every[k] for k in range(7) if k not in inside], False)
         for inside in combinations(range(7), 4)
     ]
-    tested = depth_test(a, b)
+    tested = depth_permutation(a, b)
     assert tested.p == pytest.approx(two_sided(found, found[0]))
     assert tested.arrangements == comb(7, 4)
     assert tested.floor == 2 / 35
@@ -222,18 +222,18 @@ def test_partly_shared_groups_are_exchanged_and_the_others_dealt_anew() -> None:
 
 def test_order_and_direction_of_runs_and_clips_do_not_matter() -> None:
     a, b = in_two_models(7)
-    tested = depth_test(a, b)
-    assert depth_test(b, a).p == pytest.approx(tested.p)
-    assert depth_test(a.isel(sample=slice(None, None, -1)), b).p == pytest.approx(tested.p)
+    tested = depth_permutation(a, b)
+    assert depth_permutation(b, a).p == pytest.approx(tested.p)
+    assert depth_permutation(a.isel(sample=slice(None, None, -1)), b).p == pytest.approx(tested.p)
     renamed = [run.assign_coords(group=("sample", [f"z{name}" for name in run["group"].values])) for run in (a, b)]
-    assert depth_test(*renamed).p == pytest.approx(tested.p)
+    assert depth_permutation(*renamed).p == pytest.approx(tested.p)
 
 
 def test_a_speakers_clips_move_together() -> None:
     """Every clip three times is no more evidence than once."""
     a, b = in_two_models(6)
     thrice = [run.isel(sample=np.repeat(np.arange(run.sizes["sample"]), 3)) for run in (a, b)]
-    assert depth_test(*thrice).p == pytest.approx(depth_test(a, b).p)
+    assert depth_permutation(*thrice).p == pytest.approx(depth_permutation(a, b).p)
 
 
 def test_random_arrangements_come_close_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_random_arrangements_come_close_to_all(monkeypatch: pytest.MonkeyPatch) 
 def test_random_arrangements_repeat_with_their_seed() -> None:
     a, b = in_two_models(14)
     curves = curves_together([a, b])
-    first, again, other = (depth_test(a, b, curves, seed, drawn=199) for seed in (0, 0, 1))
+    first, again, other = (depth_permutation(a, b, curves, seed, drawn=199) for seed in (0, 0, 1))
     assert first == again
     assert first.p != other.p
 
@@ -275,7 +275,7 @@ def test_every_arrangement_is_listed_once_the_datas_own_first() -> None:
 
 def test_equal_runs_differ_by_nothing_in_every_arrangement() -> None:
     run = simulate(Planted(), 0, 8)
-    assert depth_test(run, run).p == 1.0
+    assert depth_permutation(run, run).p == 1.0
 
 
 # --- samples without groups ----------------------------------------------------------------------------------------
@@ -289,17 +289,45 @@ def test_samples_without_groups_are_paired_by_their_id(seed: int) -> None:
     order = np.random.default_rng(seed).permutation(6)
     alone = [run.drop_vars("group") for run in (a, b.isel(sample=order))]
     assert group_names(alone[0]).tolist() == a["sample"].values.tolist()
-    assert depth_test(*alone) == depth_test(*grouped)
+    assert depth_permutation(*alone) == depth_permutation(*grouped)
 
 
 def test_other_clips_are_other_groups_though_they_stand_at_the_same_place() -> None:
     a, b = (run.isel(sample=slice(0, 4)).drop_vars("group") for run in in_two_models(4))
     b = b.assign_coords(sample=np.array([f"other {name}" for name in b["sample"].values], object))
-    assert depth_test(a, b).arrangements == comb(8, 4)
+    assert depth_permutation(a, b).arrangements == comb(8, 4)
     nameless = [run.drop_vars("sample") for run in (a, b)]
-    assert depth_test(*nameless).arrangements == comb(8, 4)
+    assert depth_permutation(*nameless).arrangements == comb(8, 4)
     (row,) = compare(nameless)
     assert row.groups == 8
+
+
+# --- equally deep, otherwise different ------------------------------------------------------------------------------
+
+
+def test_the_reported_p_value_is_the_larger_of_two() -> None:
+    """Student's by hand: the difference over the jackknife's error; degrees of freedom from 1 to groups - 1."""
+    for seed in range(8):
+        a, b = in_two_models(9, (seed, seed + 100))
+        number = depth_difference(a, b)
+        away = number.values[1:10] - number.values[1:10].mean()
+        t = abs(number.values[0]) / np.sqrt(8 / 9 * (away**2).sum())
+        student = number.student_p()
+        assert 2 * stats.t.sf(t, 8) <= student <= 2 * stats.t.sf(t, 1)
+        assert depth_test(a, b).p == max(depth_permutation(a, b).p, student)
+
+
+def test_students_p_value_of_a_mean_is_scipys() -> None:
+    """Of few and evenly spread values the degrees of freedom are one less than the groups."""
+    values = np.array([0.1, 0.5, 0.9, 1.3, 1.7, 2.1]) - 0.4
+    clusters = ClusterSums.of(values[:, None], np.arange(6).astype(str))
+    means = resample(clusters, 0)
+    number = replace(means, values=means.values[:, 0])
+    assert number.student_p() == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert replace(number, values=number.values * 0).student_p() == 1.0
+    assert (
+        replace(number, values=np.where(np.arange(len(number.values)) == 3, np.nan, number.values)).student_p() == 1.0
+    )
 
 
 # --- the number that is tested -------------------------------------------------------------------------------------
@@ -333,7 +361,7 @@ def test_decoders_of_different_depth_are_compared_at_shares_of_depth() -> None:
     (row,) = compare(runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lalm_patch.analysis.comparison.compare_groups", record)
-        depth_test(*runs)
+        depth_permutation(*runs)
     assert seen == [pytest.approx(row.difference.value)]
 
 
@@ -345,7 +373,7 @@ def test_runs_on_other_cells_are_refused() -> None:
 
 def test_a_number_that_does_not_exist_has_no_p_value() -> None:
     flat = [run.assign(recovery_rate=run["recovery_rate"] * 0) for run in in_two_models(5)]
-    tested = depth_test(*flat)
+    tested = depth_permutation(*flat)
     assert np.isnan(tested.p)
     assert str(tested) == "undefined"
 

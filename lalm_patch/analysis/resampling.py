@@ -209,6 +209,15 @@ class Resampled:
         shape = self.values.shape[1:]
         return found[0].reshape(shape), found[1].reshape(shape)
 
+    def student_p(self) -> float:
+        """Two-sided p-value of the one number [row] being 0, by Student's t with the standard error and the degrees of
+        freedom of the intervals; 1 where the number does not exist without one of the clusters."""
+        value, left_out = float(self.values[0]), self.values[1 : 1 + self.left_out, None]
+        if value == 0 or self.groups < 2 or np.isnan(left_out).any():
+            return 1.0
+        _, freedom, error = _shape(left_out, self.groups)
+        return float(2 * t.sf(abs(value) / error[0], freedom[0])) if error[0] > 0 else 0.0
+
     def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
         """The one number [row] as an estimate."""
         low, high = self.interval(confidence)
