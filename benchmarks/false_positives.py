@@ -5,8 +5,8 @@
 
 Simulated runs whose truth is known (1 to 4 clips a group, skewed), 2,000 data sets for each number of groups. A test
 sees something if p <= 0.05, a 95 % interval if it does not hold the truth; one that is withheld sees nothing. The share
-may be 5 % and what chance adds to so many data sets. The seed was fixed beforehand. Needs no model; some 20 minutes on
-one core.
+may be 5 % and what chance adds to so many data sets. The seed was fixed beforehand. Needs no model; about 40 minutes
+on one core.
 """
 
 from __future__ import annotations

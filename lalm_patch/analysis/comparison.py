@@ -131,8 +131,8 @@ def depth_test(
 
     The p-value is that of `depth_permutation`, or Student's where that is larger. The first is exact if the runs do not
     differ at all; where they are equally deep, but one is more abrupt or has more groups, it is too small with few
-    groups (up to twice, see benchmarks/false_positives.py), and Student's is not. The latter's standard error is the
-    intervals', from leaving out one group at a time.
+    groups, and Student's comes closer (benchmarks/false_positives.py measures both together). The latter's standard
+    error is the intervals', from leaving out one group at a time.
 
     Args: as `depth_permutation`.
     """
