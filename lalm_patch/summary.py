@@ -113,7 +113,8 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         f"{_measured(info)} clean {before:.3f}, corrupted {after:.3f}",
         f"{what} {where}: layer {line[0].layer}: {line[0].mean:z.2f}; above one half {reached}; "
         f"layer {line[-1].layer}: {line[-1].mean:z.2f}",
-        f"peak     {best.place}: {_mean(best)}, n={best.n} (95 % bootstrap over groups; the first of equals)",
+        f"peak     {best.place}: {_mean(best)}, n={best.n} of {best.groups} groups (95 % bootstrap over groups; the "
+        "first of equals)",
     ]
     if (other := peak.before_last) is not None:
         place = f"layer {other.layer}, token {other.text!r} ({other.role})"
@@ -176,14 +177,12 @@ def _seen(dataset: xr.Dataset) -> list[str]:
 
 
 def _auroc(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return str(estimate)
 
 
 def _mean(cell: Cell) -> str:
-    """A mean with its interval, where there is one."""
-    if np.isnan(cell.low):
-        return f"{cell.mean:z.2f} (no interval: one group only)"
-    return f"{cell.mean:z.2f} [{cell.low:z.2f}, {cell.high:z.2f}]"
+    """A mean with its interval, or why there is none."""
+    return str(cell)
 
 
 def _checks(dataset: xr.Dataset) -> list[str]:

@@ -14,7 +14,7 @@ import xarray as xr
 
 from lalm_patch.analysis import accuracy, exclusion_table, mean_recovery, peak_layer
 from lalm_patch.checks import Check, to_json
-from lalm_patch.figures import plot_run, printable
+from lalm_patch.figures import draw_run, plot_run, printable
 from lalm_patch.results.dataset import build_dataset
 from lalm_patch.storage.run_store import SampleRecord
 from lalm_patch.summary import summary
@@ -147,15 +147,15 @@ def test_run_without_a_kept_sample_says_why(tmp_path: Path, dims: tuple[str, ...
 
 def test_summary_has_what_one_needs_to_trust_it(tmp_path: Path) -> None:
     failed = Check.at_most("replay_equals_direct", 2e-3, 1e-5, "use engine=direct")
-    samples = [sample(f"s{i}", np.array([0.0, 0.25, 0.75, 1.0])) for i in range(4)]
-    samples.append(sample("x", None, reason="clean prediction wrong", label="dog"))
+    samples = [sample(f"s{i}", np.array([0.0, 0.25, 0.75, 1.0])) for i in range(8)]
+    samples += [sample(name, None, reason="clean prediction wrong", label="dog") for name in ("x", "y")]
     found = dataset(samples, checks=(failed,), planted_attention_layers="[1, 3]")
     text = summary(found, [tmp_path / "result.nc"])
     for expected in (
-        "4 of 5 count; excluded: clean prediction wrong 1",
-        "clean 80%, corrupted 0%, chance 50% (n=5)",
+        "8 of 10 count; excluded: clean prediction wrong 2",
+        "clean 80%, corrupted 0%, chance 50% (n=10)",
         "layer 0: 0.00; above one half from layer 2; layer 3: 1.00",
-        "layer 3: 1.00 [1.00, 1.00], n=4",
+        "layer 3: 1.00 [1.00, 1.00], n=8 of 8 groups",
         "attention planted in layers 1 to 2 only",
         "0 of 1 passed",
         "FAILED replay_equals_direct: FAILED (0.002, bound 1e-05) - use engine=direct",
@@ -171,10 +171,28 @@ def test_token_summary_names_the_best_token_before_the_last() -> None:
     assert "before the last token: layer 2, token ' cat' (object): 0.60" in summary(found, [])
 
 
-def test_one_kept_sample_has_no_interval(tmp_path: Path) -> None:
-    text = summary(dataset([sample("a", np.array([0.0, 0.25, 0.75, 1.0]))]), [])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_few_groups_have_no_interval_and_everything_says_why(count: int, tmp_path: Path) -> None:
+    found = dataset([sample(f"s{i}", np.array([0.0, 0.25, 0.75, 1.0])) for i in range(count)])
+    text = summary(found, [])
     assert "nan" not in text
-    assert "layer 3: 1.00 (no interval: one group only), n=1" in text
+    said = f"too few groups: {count}, expected at least 6"
+    assert f"layer 3: 1.00 (no interval, {said}), n={count} of {count} groups" in text
+    files = {path.suffix: path for path in plot_run(found, tmp_path)}
+    rows = list(csv.DictReader(io.StringIO(files[".csv"].read_text())))
+    assert {(row["low"], row["high"], row["no_interval"]) for row in rows} == {("", "", said)}
+    figure = draw_run(found, mean_recovery(found))
+    entries = [entry.get_text() for entry in figure.axes[0].get_legend().get_texts()]
+    assert f"no 95 % interval: {said}" in entries
+    assert ("single samples" in entries) == (count > 1)
+
+
+def test_six_groups_have_an_interval(tmp_path: Path) -> None:
+    found = dataset([sample(f"s{i}", rate) for i, rate in enumerate(curves(6))])
+    files = {path.suffix: path for path in plot_run(found, tmp_path)}
+    rows = list(csv.DictReader(io.StringIO(files[".csv"].read_text())))
+    assert {row["no_interval"] for row in rows} == {""}
+    assert all(row["low"] and row["high"] for row in rows)
 
 
 def test_no_readable_clip_is_said_in_words() -> None:

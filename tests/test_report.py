@@ -150,3 +150,28 @@ def test_a_folder_without_runs_is_answered_in_one_sentence(tmp_path: Path, capsy
     assert "there is no finished run" in capsys.readouterr().err
     with pytest.raises(StoreError, match="no finished run"):
         make_report(tmp_path)
+
+
+def test_few_groups_are_said_to_be_few_wherever_the_page_has_a_number(tmp_path: Path) -> None:
+    """Three speakers, two models that differ as much as can be: p at its floor, no intervals, claims undecided."""
+    for number, (model, centre) in enumerate((("qwen_audio", 23.0), ("voxtral", 3.0))):
+        run = simulate(Planted(32, centre), number, groups=3, name=(model, "gender"))
+        store(run, tmp_path / f"{model}-layer")
+    store(simulate(Planted(32), 2, 3, token_wise=True, name=("voxtral", "language")), tmp_path / "voxtral-token")
+    text = html.unescape(make_report(tmp_path, clips=1, audio=False).read_text())
+    few = "too few groups: 3, expected at least 6"
+    differences, tokens = (
+        text.partition(start)[2].partition("</table>")[0] for start in ("Differences in", "Option to")
+    )
+    assert "<td>0.25 (its floor: 3 groups cannot give less)</td>" in differences
+    assert "<td>3</td><td>permutation test, runs exchanged in 3 shared groups: all 8 arrangements" in differences
+    assert few in differences
+    assert few in tokens
+    assert re.search(r"<td>\d+</td><td>3</td></tr>", tokens)
+    assert 'class="supported"' not in text
+    assert 'class="contradicted"' not in text
+    assert "no interval, too few groups: 3, expected at least 9" in text
+    assert "nan" not in text.partition("<script")[0].replace("provenance", "")
+    for name in ("figure2", "segments"):
+        lines = (tmp_path / "figures" / f"{name}.csv").read_text().splitlines()
+        assert all(f'"{few}"' in line for line in lines[1:])

@@ -4,7 +4,8 @@ run_info    which run a dataset is
 options     what each option says, where questions differ from clip to clip
 metric      other metrics than the probability
 alignment   one token axis for all samples
-resampling  the bootstrap over groups
+resampling  the bootstrap over groups; which groups are too few for it
+permutation exact tests over groups
 lens        what the logit lens sees, in the causal curve's units
 grounding   whether attention to the audio tells wrong answers
 licence     how well approximate cells agree with exact ones

@@ -1,9 +1,9 @@
 """Claims checked against runs: supported, contradicted or undecided, with the numbers.
 
 A claim about several models and attributes has one part for each. A part is supported if the whole interval of its
-number lies in the claim's region, contradicted if all of it lies outside, else undecided. The intervals hold together:
-their level is 1 - 0.05 / parts (Bonferroni). A claim is supported if all its parts are, contradicted if one of them is,
-else undecided; so is one for which runs are missing.
+number lies in the claim's region, contradicted if all of it lies outside, else undecided; so is one whose groups are
+too few for an interval. The intervals hold together: their level is 1 - 0.05 / parts (Bonferroni). A claim is supported
+if all its parts are, contradicted if one of them is, else undecided; so is one for which runs are missing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,17 @@ from lalm_patch.analysis.comparison import depth_shares
 from lalm_patch.analysis.depth import crossing
 from lalm_patch.analysis.paper import CLAIMS, Claim
 from lalm_patch.analysis.profiles import object_difference, object_effect
-from lalm_patch.analysis.recovery import group_names, layer_curves
-from lalm_patch.analysis.resampling import ClusterSums, Estimate, Resampled, resample, resample_together
+from lalm_patch.analysis.recovery import curves_together, group_names, layer_curves
+from lalm_patch.analysis.resampling import (
+    CONFIDENCE,
+    ClusterSums,
+    Estimate,
+    FloatArray,
+    Resampled,
+    resample,
+    resample_together,
+    too_few,
+)
 from lalm_patch.analysis.run_info import about
 
 DRAWS = 4000
@@ -48,7 +57,7 @@ class Part:
         about: which.
         verdict: what the run says.
         number: the measured number with its interval; None if it could not be measured.
-        note: why not, or what was tested besides.
+        note: why not, what was tested besides, or why there is no interval.
     """
 
     about: str
@@ -103,6 +112,7 @@ def _check(claim: Claim, index: Index) -> Finding:
         except _Missing as missing:
             parts.append(Part(name, Verdict.UNDECIDED, note=str(missing)))
             continue
+        note = "; ".join(filter(None, [note, found.reason and f"no interval, {found.reason}"]))
         verdict = _verdict(found, claim)
         if verdict is Verdict.SUPPORTED and not agrees(confidence):
             verdict = Verdict.UNDECIDED
@@ -126,6 +136,34 @@ def _verdict(number: Estimate, claim: Claim) -> Verdict:
 
 
 Measured = tuple[Resampled, str, Callable[[float], bool]]
+
+
+@dataclass(frozen=True)
+class _Extreme(Resampled):
+    """The largest (or smallest) of several numbers [row, cell].
+
+    Of numbers that are about equal, the largest one found is too large, and largest ones of draws more so: their
+    interval would lie beside the truth. Instead, the largest of the ends of each number's own interval. The largest is
+    below a bound only if each is, so the upper ends need no correction (an intersection-union test: Berger 1982,
+    Technometrics 24:4, 295-300); it is above one if any is, so the lower ends are Bonferroni's.
+    """
+
+    smallest: bool = False
+
+    def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
+        sign = -1.0 if self.smallest else 1.0
+        cells = replace(self, values=sign * self.values)
+        each = 1 - (1 - confidence) / cells.values.shape[1]
+        low, high = cells.interval(each)[0].max(), cells.interval(confidence)[1].max()
+        if self.smallest:
+            low, high = -high, -low
+        value = sign * float(cells.values[0].max())
+        return Estimate(value, float(low), float(high), self.n, self.groups, too_few(self.groups, each))
+
+
+def _extreme(means: Resampled, values: FloatArray, smallest: bool = False) -> _Extreme:
+    """The largest or smallest of numbers [row, cell] read off resampled means."""
+    return _Extreme(values, means.left_out, means.n, means.groups, smallest)
 
 
 def _always(confidence: float) -> bool:
@@ -173,13 +211,13 @@ def largest_in_window(index: Index, claim: Claim, model: str, attribute: str, ot
     inside = (layers >= claim.window[0]) & (layers <= claim.window[1])
     if not inside.any():
         raise _Missing(f"the run of {model} on {attribute} has none of the layers {claim.window}")
-    return replace(curves, values=curves.values[:, inside].max(axis=1)), "", _always
+    return _extreme(curves, curves.values[:, inside]), "", _always
 
 
 def earlier_than_others(index: Index, claim: Claim, model: str, attribute: str, other: str) -> Measured:
     """Fusion depth minus that of another model, as shares of depth."""
     mine, theirs = (_one(index, name, attribute, claim.granularity) for name in (model, other))
-    one, two = resample_together([layer_curves(mine), layer_curves(theirs)], about(mine).seed, DRAWS)
+    one, two = resample_together(curves_together([mine, theirs]), about(mine).seed, DRAWS)
     return replace(one, values=depth_shares(mine, one.values) - depth_shares(theirs, two.values)), "", _always
 
 
@@ -188,7 +226,7 @@ def lead_contrast(index: Index, claim: Claim, model: str, attribute: str, other:
     both = (*claim.attributes, *claim.contrast)
     keys = [(name, attr) for attr in both for name in (model, *claim.against)]
     runs = {key: _one(index, *key, claim.granularity) for key in keys}
-    together = resample_together([layer_curves(run) for run in runs.values()], 0, DRAWS)
+    together = resample_together(curves_together(list(runs.values())), 0, DRAWS)
     shares = {key: depth_shares(runs[key], part.values) for key, part in zip(keys, together, strict=True)}
     lead = {
         attr: np.mean([shares[name, attr] for name in claim.against], axis=0) - shares[model, attr] for attr in both
@@ -208,7 +246,8 @@ def last_above_others(index: Index, claim: Claim, model: str, attribute: str, ot
     means = resample(ClusterSums.of(rates, group_names(aligned)), about(run).seed, DRAWS)
     best = int(np.nanargmax(means.values[0, :-1]))
     note = f"best other token: {aligned['token_text'].values[best]!r}"
-    return replace(means, values=means.values[:, -1] - np.nanmax(means.values[:, :-1], axis=1)), note, _always
+    ahead = means.values[:, -1:] - means.values[:, :-1]
+    return _extreme(means, ahead[:, ~np.isnan(ahead[0])], smallest=True), note, _always
 
 
 def object_peak(index: Index, claim: Claim, model: str, attribute: str, other: str) -> Measured:
@@ -219,8 +258,8 @@ def object_peak(index: Index, claim: Claim, model: str, attribute: str, other: s
         raise _Missing(f"the run of {model} on {attribute} has no option tokens or no layers to look at")
     means = resample(ClusterSums.of(difference.values.astype(np.float64), names), about(run).seed, DRAWS)
     tested = object_effect(run, claim.window, about(run).seed)
-    note = f"largest at layer {tested.layer}, p = {tested.p:.2g} for all layers looked at"
-    return replace(means, values=means.values.max(axis=1)), note, lambda confidence: tested.p <= 1 - confidence
+    note = f"stands out most at layer {tested.layer}, p = {tested.p_text} for all layers looked at"
+    return _extreme(means, means.values), note, lambda confidence: tested.p <= 1 - confidence
 
 
 MEASURES: dict[str, Callable[[Index, Claim, str, str, str], Measured]] = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from lalm_patch.analysis.recovery import layer_curves
 from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, Estimate, FloatArray, Resampled, resample
@@ -40,16 +41,37 @@ def crossing(curves: FloatArray, layers: FloatArray, level: float) -> FloatArray
     Returns:
         [curve]; the first layer where the curve starts above the level, NaN where its final value is not positive.
     """
+    index, part, _ = _passed(curves, level)
+    before = np.maximum(index - 1, 0)
+    found = layers[before] + part * (layers[index] - layers[before])
+    return np.where(np.isnan(part), np.nan, found)
+
+
+def crossing_slopes(curves: FloatArray, layers: FloatArray, level: float) -> tuple[FloatArray, FloatArray]:
+    """`crossing`, and how it changes with each layer's recovery: [curve], [curve, layer]; 0 where it does not exist."""
+    index, part, rise = _passed(curves, level)
+    before, rows = np.maximum(index - 1, 0), np.arange(len(curves))
+    per_rise = np.divide(layers[index] - layers[before], rise, out=np.zeros(len(curves)), where=rise > 0)
+    per_rise, share = np.where(np.isnan(part), 0.0, per_rise), np.nan_to_num(part)
+    slopes = np.zeros_like(curves)
+    slopes[rows, before] -= (1 - share) * per_rise
+    slopes[rows, index] -= share * per_rise
+    slopes[:, -1] += level * per_rise
+    return crossing(curves, layers, level), slopes
+
+
+def _passed(curves: FloatArray, level: float) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
+    """Where each curve [curve, layer] first reaches the level: index of the layer, the share of the way there from the
+    layer before (NaN where it never does), and the rise between the two; the last two are 0 at the first layer."""
     final = curves[:, -1]
     target = level * final
     reached = curves >= target[:, None]
     index = reached.argmax(axis=1)
-    before = np.maximum(index - 1, 0)
-    rows = np.arange(len(curves))
+    before, rows = np.maximum(index - 1, 0), np.arange(len(curves))
     rise = curves[rows, index] - curves[rows, before]
     part = np.divide(target - curves[rows, before], rise, out=np.ones(len(curves)), where=rise != 0)
-    found = layers[before] + np.where(index == 0, 0.0, part) * (layers[index] - layers[before])
-    return np.where((final > 0) & reached.any(axis=1), found, np.nan)
+    part = np.where(index == 0, 0.0, part)
+    return index, np.where((final > 0) & reached.any(axis=1), part, np.nan), rise
 
 
 def fusion(dataset: xr.Dataset, confidence: float = CONFIDENCE, n_draws: int = DRAWS) -> Fusion:

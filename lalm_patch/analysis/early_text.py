@@ -8,7 +8,7 @@ import xarray as xr
 from lalm_patch.analysis.alignment import kept_samples
 from lalm_patch.analysis.options import right_options
 from lalm_patch.analysis.recovery import group_names, mean_over_samples
-from lalm_patch.analysis.resampling import CONFIDENCE
+from lalm_patch.analysis.resampling import CONFIDENCE, unanimous
 from lalm_patch.analysis.run_info import about, run_settings
 
 
@@ -19,7 +19,8 @@ def accuracy_without_early_audio(dataset: xr.Dataset, confidence: float = CONFID
 
     Args:
         dataset: dataset of a run with granularity=early_text_only.
-        confidence: of the intervals.
+        confidence: of the intervals. Where all clips agree these are exact ones of a share, over groups: they do not
+            shrink to one value.
 
     Returns:
         Along `layer`, the highest layer whose text does not attend to the audio: `accuracy` with `low`, `high`, `n`;
@@ -37,6 +38,9 @@ def accuracy_without_early_audio(dataset: xr.Dataset, confidence: float = CONFID
     right = np.take_along_axis(right_options(kept).transpose("sample", "option").values, best, axis=1)
     values = xr.DataArray(right.astype(np.float64), dims=("sample", "layer"), coords={"layer": kept["layer"]})
     found = mean_over_samples(values, group_names(kept), confidence, about(dataset).seed)
+    bound = unanimous(found["groups"].values, confidence)
+    found["low"] = found["low"].where(found["mean"] < 1, bound).where(found["mean"] > 0, 0.0).clip(0.0)
+    found["high"] = found["high"].where(found["mean"] > 0, 1 - bound).where(found["mean"] < 1, 1.0).clip(max=1.0)
     positions = kept["positions"].astype(np.float64)
     text = positions - kept["first_text_position"]
     share = text * kept["audio_positions"] / (positions * (positions + 1) / 2)

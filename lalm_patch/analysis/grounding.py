@@ -10,17 +10,18 @@ largest probability among the options, and their entropy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from lalm_patch.analysis.ledger import is_readable, is_right
 from lalm_patch.analysis.options import option_texts
 from lalm_patch.analysis.recovery import group_names
-from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, draws
+from lalm_patch.analysis.resampling import CONFIDENCE, Estimate, Resampled, draws, too_few, unanimous
 from lalm_patch.analysis.run_info import about
 from lalm_patch.errors import DataError
 
@@ -56,7 +57,9 @@ def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float =
     Args:
         dataset: dataset of a run with observe=grounding; all readable clips are used, also those that do not count.
         listener: segment of the text whose attention is the score.
-        confidence: of the intervals, from percentiles of draws of groups.
+        confidence: of the intervals, over groups like all others, with layers and signs chosen anew for each group
+            left out. None where fewer than `analysis.resampling.fewest_groups` groups have wrong, or right, answers;
+            where a score tells all answers apart, that of a share of which all groups say 1.
 
     Raises:
         DataError: a run that did not look, or a segment that its prompt lacks.
@@ -77,24 +80,34 @@ def grounding(dataset: xr.Dataset, listener: str = "object", confidence: float =
             f"{wrong.sum()} wrong and {(~wrong).sum()} right answers of {len(set(groups))} groups: expected at least "
             f"{FEWEST} of each, and {FOLDS} groups"
         )
-        nothing = Estimate(np.nan, np.nan, np.nan, len(wrong), len(set(groups)))
+        nothing = Estimate(np.nan, np.nan, np.nan, len(wrong), len(set(groups)), reason)
         return Grounding(dict.fromkeys(names, nothing), nothing, int(wrong.sum()), int((~wrong).sum()), {}, reason)
     seed = about(dataset).seed
-    held_out, layers = _held_out(mass.values.astype(float), wrong, groups, seed)
+    folds, attention = _dealt(groups, seed), mass.values.astype(float)
+    held_out, layers = _held_out(attention, wrong, folds)
     options = _among_options(clips)
     entropy = -(options * np.log(np.maximum(options, 1e-30))).sum(axis=1)
     scores = (held_out, -options.max(axis=1), entropy)  # larger speaks for a wrong answer
-    values, drawn = _aurocs(scores, wrong, groups, seed)
+    values = _aurocs(scores, wrong, groups, seed)
+    values[1 : 1 + len(set(groups)), 0] = _held_out_without(attention, wrong, groups, folds)
     n, count = len(wrong), len(set(groups))
-    tail = 100 * (1 - confidence) / 2
+    sides = min(len(set(groups[wrong])), len(set(groups[~wrong])))  # what a share of pairs rests on
 
-    def estimate(value: float, found: FloatArray) -> Estimate:
-        known = found[np.isfinite(found)]
-        low, high = np.percentile(known, [tail, 100 - tail]) if known.size else (np.nan, np.nan)
-        return Estimate(float(value), float(low), float(high), n, count)
+    def estimate(found: NDArray[np.float64], least: float, exact: bool) -> Estimate:
+        value = float(found[0])
+        if reason := too_few(sides, confidence):
+            return Estimate(value, np.nan, np.nan, n, count, f"{reason} with wrong, and with right, answers")
+        whole = Resampled(found, count, n, count).estimate(confidence)
+        low, high = np.clip([whole.low, whole.high], least, 1.0)
+        if low == high and exact:  # all pairs agree, in every draw
+            bound = float(unanimous(np.array(sides), confidence))
+            low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
+        elif low == high:
+            return Estimate(value, np.nan, np.nan, n, count, "the same in all draws of groups")
+        return replace(whole, low=float(low), high=float(high))
 
-    auroc = {name: estimate(values[k], drawn[:, k]) for k, name in enumerate(names)}
-    gain = estimate(values[0] - values[1], drawn[:, 0] - drawn[:, 1])
+    auroc = {name: estimate(values[:, k], 0.0, True) for k, name in enumerate(names)}
+    gain = estimate(values[:, 0] - values[:, 1], -1.0, False)
     chosen = {int(layer): int(times) for layer, times in zip(*np.unique(layers, return_counts=True), strict=True)}
     return Grounding(auroc, gain, int(wrong.sum()), int((~wrong).sum()), chosen)
 
@@ -108,23 +121,29 @@ def _among_options(clips: xr.Dataset) -> FloatArray:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
+def _dealt(groups: NDArray[np.str_], seed: int) -> NDArray[np.int64]:
+    """Fold of each clip; those of a group are in one."""
+    names, members = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng([seed, 7]).permutation(len(names))
+    fold_of = np.empty(len(names), np.int64)
+    fold_of[order] = np.arange(len(names)) % FOLDS
+    return np.asarray(fold_of[members])
+
+
 def _held_out(
-    mass: FloatArray, wrong: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
-) -> tuple[FloatArray, list[int]]:
+    mass: FloatArray, wrong: NDArray[np.bool_], folds: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], list[int]]:
     """Score of every clip by the layer and the sign that do best on the other folds, and the layers chosen.
 
     In each fold the score is standardised by the others' mean and spread, so that folds can be ranked together.
     """
-    names = np.unique(groups)
-    order = np.random.default_rng([seed, 7]).permutation(len(names))
-    fold_of = {str(names[place]): index % FOLDS for index, place in enumerate(order)}
-    folds = np.array([fold_of[str(group)] for group in groups])
     scores, layers = np.zeros(len(mass)), []
     for fold in range(FOLDS):
         inside, others = folds == fold, folds != fold
-        each = np.array([_auroc(mass[others, k], wrong[others]) for k in range(mass.shape[1])])
-        if not np.isfinite(each).all():  # the other folds have answers of one kind only: they say nothing
+        bad = wrong[others]
+        if not bad.any() or bad.all():  # the other folds have answers of one kind only: they say nothing
             continue
+        each = _by_ranks(mass[others], bad)
         layer = int(np.abs(each - 0.5).argmax())
         sign = 1.0 if each[layer] >= 0.5 else -1.0
         centre, spread = mass[others, layer].mean(), mass[others, layer].std()
@@ -133,11 +152,28 @@ def _held_out(
     return scores, layers
 
 
-def _auroc(scores: FloatArray, wrong: NDArray[np.bool_]) -> float:
-    """Probability that a wrong answer's score is above a right one's, ties one half; NaN without both."""
-    if not wrong.any() or wrong.all():
-        return np.nan
-    return float(_above(scores, wrong).mean())
+def _held_out_without(
+    mass: FloatArray, wrong: NDArray[np.bool_], groups: NDArray[np.str_], folds: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """AUROC of held-out scores with each group left out [group], layers and signs chosen anew without it.
+
+    Its spread includes that of the choice, which draws of the scores as they are do not know of.
+    """
+    found = []
+    for name in np.unique(groups):
+        rest = groups != name
+        scores, _ = _held_out(mass[rest], wrong[rest], folds[rest])
+        both = wrong[rest].any() and not wrong[rest].all()
+        found.append(float(_above(scores, wrong[rest]).mean()) if both else np.nan)
+    return np.array(found)
+
+
+def _by_ranks(scores: FloatArray, wrong: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """AUROC of each column [clip, column]: the probability that a wrong answer's score is above a right one's, ties one
+    half; of answers of both kinds."""
+    count = int(wrong.sum())
+    above = rankdata(scores, axis=0)[wrong].sum(axis=0) - count * (count + 1) / 2
+    return np.asarray(above / (count * (len(wrong) - count)))
 
 
 def _above(scores: FloatArray, wrong: NDArray[np.bool_]) -> FloatArray:
@@ -148,15 +184,14 @@ def _above(scores: FloatArray, wrong: NDArray[np.bool_]) -> FloatArray:
 
 def _aurocs(
     scores: tuple[FloatArray, ...], wrong: NDArray[np.bool_], groups: NDArray[np.str_], seed: int
-) -> tuple[FloatArray, FloatArray]:
-    """AUROC of each score [scores], and over draws of groups [draws, scores]: the same draws for all."""
+) -> NDArray[np.float64]:
+    """AUROC of each score [row, score]: of the data, with one group left out, and over draws of groups; the same rows
+    for all; NaN without answers of both kinds."""
     names, members = np.unique(groups, return_inverse=True)
-    times = draws(len(names), seed)[1 + len(names) :, members]  # how often each clip was drawn
-    found, drawn = [], []
+    times = draws(len(names), seed)[:, members]  # how often each clip counts
     total = times[:, wrong].sum(axis=1) * times[:, ~wrong].sum(axis=1)
+    found = []
     for score in scores:
-        above = _above(score, wrong)
-        found.append(float(above.mean()))
-        sums = ((times[:, wrong] @ above) * times[:, ~wrong]).sum(axis=1)
-        drawn.append(np.divide(sums, total, out=np.full(len(total), np.nan), where=total > 0))
-    return np.array(found), np.stack(drawn, axis=1)
+        sums = ((times[:, wrong] @ _above(score, wrong)) * times[:, ~wrong]).sum(axis=1)
+        found.append(np.divide(sums, total, out=np.full(len(total), np.nan), where=total > 0))
+    return np.stack(found, axis=1)

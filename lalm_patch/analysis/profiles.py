@@ -8,14 +8,13 @@ import numpy as np
 import xarray as xr
 
 from lalm_patch.analysis.alignment import kept_samples
+from lalm_patch.analysis.permutation import DRAWN, largest_of_many, with_floor
 from lalm_patch.analysis.recovery import group_names, mean_over_samples
-from lalm_patch.analysis.resampling import CONFIDENCE, ClusterSums, Estimate, FloatArray, Resampled, resample
+from lalm_patch.analysis.resampling import CONFIDENCE, ClusterSums, Estimate, Resampled, resample
 from lalm_patch.analysis.run_info import about
 
 SEGMENTS = ("transcript", "early", "object", "late", "template", "last")
 NEIGHBOURS = ("early", "late")
-
-FLIPS = 4999
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,25 @@ class ObjectEffect:
         effect: mean difference in that layer. The layer was chosen for it, so it is on the large side; the p-value
             takes the choice into account.
         p: probability of a difference that stands out as much in any of the layers looked at, if there is none.
-        profile: (layer) mean difference with `low`, `high` and the p-value of each layer, adjusted for all of them.
+        p_floor: smallest p that the number of groups allows, whatever the data: 1 / 2^groups.
+        p_limit: what the floor comes from, in words.
+        test: which test, in words.
+        profile: (layer) mean difference with `low`, `high`, `n` (clips), `groups` and the p-value of each layer,
+            adjusted for all of them; `p_floor`.
     """
 
     layer: int
     effect: Estimate
     p: float
     profile: xr.Dataset
+    p_floor: float = np.nan
+    p_limit: str = ""
+    test: str = ""
+
+    @property
+    def p_text(self) -> str:
+        """The p-value as text; at its floor it says so."""
+        return with_floor(self.p, self.p_floor, self.p_limit)
 
 
 def segment_profiles(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> xr.Dataset:
@@ -56,33 +67,38 @@ def segment_profiles(dataset: xr.Dataset, confidence: float = CONFIDENCE) -> xr.
 
 
 def object_effect(
-    dataset: xr.Dataset, window: tuple[float, float] = (0.0, 1.0), seed: int = 0, n_flips: int = FLIPS
+    dataset: xr.Dataset, window: tuple[float, float] = (0.0, 1.0), seed: int = 0, n_flips: int = DRAWN
 ) -> ObjectEffect:
     """Test whether recovery at the option tokens exceeds that at the text around them, in any layer of a window.
 
     The neighbouring text is the early and the late prompt, each sample's mean over their tokens, without the last token
     and the template. The test flips the sign of each group's summed difference, since without an effect object and
     neighbours are as likely the other way round, and compares the largest statistic over the layers with its
-    distribution under the flips (max-T, Westfall and Young 1993, which allows for having looked at all layers).
+    distribution under the flips (`analysis.permutation.largest_of_many`): all flips of up to 12 groups, else random
+    ones.
 
     Args:
         dataset: dataset of a token-wise run.
         window: shares of depth between which layers are looked at.
         seed: of the flips.
-        n_flips: number of flips.
+        n_flips: number of random flips.
     """
     difference, names = object_difference(dataset, window)
     profile = mean_over_samples(difference, names, seed=seed)
     clusters = ClusterSums.of(difference.values.astype(np.float64), names)
-    statistic, adjusted = _max_t(clusters.sums, seed, n_flips)
+    present = np.asarray((clusters.weights > 0).any(axis=1))
+    statistic, adjusted, tested = largest_of_many(clusters.sums, present, seed, n_flips)
     profile["p"] = ("layer", adjusted, {"long_name": "one-sided p-value, adjusted for the layers looked at"})
+    profile["p_floor"] = ((), tested.floor, {"long_name": "smallest p-value that the number of groups allows"})
     if not clusters.n or not profile.sizes["layer"] or bool(profile["mean"].isnull().all()):
         nothing = Estimate(np.nan, np.nan, np.nan, clusters.n, len(clusters.names))
         return ObjectEffect(-1, nothing, np.nan, profile)
     best = int(statistic.argmax())
     means = resample(clusters, seed)
-    effect = Resampled(means.values[:, best], means.left_out, means.n, means.groups).estimate()
-    return ObjectEffect(int(profile["layer"].values[best]), effect, float(adjusted[best]), profile)
+    chosen = profile.isel(layer=best)
+    effect = Resampled(means.values[:, best], means.left_out, int(chosen["n"]), int(chosen["groups"])).estimate()
+    told = (tested.floor, tested.limit, tested.method)
+    return ObjectEffect(int(chosen["layer"]), effect, float(adjusted[best]), profile, *told)
 
 
 def object_difference(dataset: xr.Dataset, window: tuple[float, float] = (0.0, 1.0)) -> tuple[xr.DataArray, np.ndarray]:
@@ -98,18 +114,6 @@ def object_difference(dataset: xr.Dataset, window: tuple[float, float] = (0.0, 1
     inside = np.flatnonzero((share >= window[0]) & (share <= window[1]))
     difference = (rates.sel(segment="object", drop=True) - around).isel(layer=inside)
     return difference.transpose("sample", "layer"), group_names(kept)
-
-
-def _max_t(sums: FloatArray, seed: int, n_flips: int) -> tuple[FloatArray, FloatArray]:
-    """Statistic and adjusted one-sided p-value per cell, from sums of differences [cluster, cell]."""
-    spread = np.sqrt((sums**2).sum(axis=0))
-    unit = np.divide(sums, spread, out=np.zeros_like(sums), where=spread > 0)
-    statistic = unit.sum(axis=0)
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (n_flips, len(sums)))
-    largest = (signs @ unit).max(axis=1, initial=-np.inf)
-    # Rounding must not make a flip that changes nothing smaller than the data themselves.
-    beaten = (largest[:, None] >= statistic - 1e-9).sum(axis=0)
-    return statistic, (1 + beaten) / (1 + n_flips)
 
 
 def _by_role(kept: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:

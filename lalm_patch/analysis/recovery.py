@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -12,7 +13,17 @@ import xarray as xr
 from lalm_patch.analysis.alignment import align_tokens, kept_samples
 from lalm_patch.analysis.licence import licence
 from lalm_patch.analysis.precision import widened
-from lalm_patch.analysis.resampling import CONFIDENCE, DRAWS, ClusterSums, Resampled, ratio_intervals, resample
+from lalm_patch.analysis.resampling import (
+    CONFIDENCE,
+    DRAWS,
+    ClusterSums,
+    Resampled,
+    fewest_groups,
+    ratio_intervals,
+    resample,
+    too_few,
+    with_interval,
+)
 from lalm_patch.analysis.run_info import about
 
 COLUMNS = ("head", "segment", "edge", "window")
@@ -28,12 +39,14 @@ class Cell:
     Attributes:
         layer: decoder layer.
         mean: mean recovery rate over the kept samples.
-        low, high: its interval; NaN where it cannot be estimated.
+        low, high: its interval; NaN where there is none, see `reason`.
         n: samples in the mean.
         token: column of the grid; None in a layer-wise run.
         text: what the token says; empty in a layer-wise run.
         role: role of the token; empty in a layer-wise run.
         column: what else the cell is of, `head 3` or `segment object`; empty in a layer-wise and a token-wise run.
+        groups: groups (speakers, recordings) in the mean.
+        reason: why there is no interval; else empty.
     """
 
     layer: int
@@ -45,6 +58,11 @@ class Cell:
     text: str = ""
     role: str = ""
     column: str = ""
+    groups: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return with_interval(self.mean, self.low, self.high, self.reason)
 
     @property
     def place(self) -> str:
@@ -89,7 +107,8 @@ def mean_recovery(
 
     Returns:
         `mean`, `low`, `high`, `n` (samples) and `groups` (clusters) along the grid's dimensions. Cells that a
-        sample lacks (NaN) are left out, with their own n. No sample: the mean is NaN; one group: it has no interval.
+        sample lacks (NaN) are left out, with their own n. No sample: the mean is NaN; fewer groups than
+        `analysis.resampling.fewest_groups`: `low` and `high` are NaN, and the attribute `no_interval` says why.
 
     Raises:
         DataError: approximate cells without a licence, see `lalm_patch.analysis.licence`.
@@ -137,14 +156,19 @@ def mean_over_samples(
     }
     coords = {name: coord for name, coord in rates.coords.items() if set(coord.dims) <= set(dims)}
     how = f"{confidence:.0%} BCa bootstrap over groups, {n_resamples} draws, seed {seed}"
-    return xr.Dataset(variables, coords, {"interval": how})
+    attributes: dict[str, Any] = {"interval": how, "confidence": confidence, "fewest_groups": fewest_groups(confidence)}
+    if reason := too_few(int(groups.max(initial=0)), confidence):
+        attributes["no_interval"] = reason
+    return xr.Dataset(variables, coords, attributes)
 
 
 def group_names(samples: xr.Dataset) -> np.ndarray:
-    """Group of each sample; samples without one stand alone."""
-    if "group" not in samples.coords:
-        return np.arange(samples.sizes["sample"]).astype(str)
-    return samples["group"].values.astype(str)
+    """Group of each sample; samples without one stand alone, by their id (coordinate `sample`), which is the same in
+    all runs. Without ids they are numbered: that says nothing across runs, see `curves_together`."""
+    for name in ("group", "sample"):
+        if name in samples.coords:
+            return samples[name].values.astype(str)
+    return np.arange(samples.sizes["sample"]).astype(str)
 
 
 def ratio_of_means(
@@ -158,7 +182,8 @@ def ratio_of_means(
     anything; here each clip counts in proportion to its gap. Where the two differ much, few clips decide the mean.
 
     Returns:
-        `mean`, `low`, `high` along `layer`, of a token- or segment-wise run at the last token.
+        `mean`, `low`, `high` and `groups` along `layer`, of a token- or segment-wise run at the last token; no
+        interval where groups are few, as in `mean_recovery`.
     """
     kept = kept_samples(dataset)
     patched = kept["p_patched"].astype(np.float64)
@@ -168,9 +193,10 @@ def ratio_of_means(
     gain = moved.transpose("sample", "layer").values
     gap = (clean - corrupted).values
     clusters = ClusterSums.of(gain, group_names(kept), np.broadcast_to(gap[:, None], gain.shape))
-    mean, low, high, _ = ratio_intervals(clusters, confidence, seed, n_resamples)
+    mean, low, high, groups = ratio_intervals(clusters, confidence, seed, n_resamples)
     text = "ratio of the mean gain to the mean gap in probability"
-    variables = {name: ("layer", array) for name, array in (("mean", mean), ("low", low), ("high", high))}
+    found = (("mean", mean), ("low", low), ("high", high), ("groups", groups))
+    variables = {name: ("layer", array) for name, array in found}
     return xr.Dataset(variables, {"layer": dataset["layer"]}, {"long_name": text})
 
 
@@ -188,6 +214,21 @@ def layer_curves(dataset: xr.Dataset) -> ClusterSums:
     rates = kept["recovery_rate"]
     rates = at_last_token(kept, rates)
     return ClusterSums.of(rates.transpose("sample", "layer").values.astype(np.float64), group_names(kept))
+
+
+def curves_together(runs: Sequence[xr.Dataset]) -> list[ClusterSums]:
+    """`layer_curves` of several runs, whose groups of the same name belong together.
+
+    A run whose samples have neither groups nor ids shares none: a place in one run says nothing about the same place in
+    another.
+    """
+    found = []
+    for index, run in enumerate(runs):
+        curves = layer_curves(run)
+        if not {"group", "sample"} & set(run.coords):
+            curves = replace(curves, names=np.array([f"run {index}, {name}" for name in curves.names], str))
+        found.append(curves)
+    return found
 
 
 def peak_layer(dataset: xr.Dataset, recovery: xr.Dataset | None = None) -> Peak | None:
@@ -242,7 +283,9 @@ def _cell(place: xr.Dataset) -> Cell:
     if names := [str(name) for name in place.coords if name in COLUMNS]:
         texts["column"] = f"{names[0]} {place[names[0]].item()}"
     mean, low, high = (float(place[name]) for name in ("mean", "low", "high"))
-    return Cell(int(place["layer"]), mean, low, high, int(place["n"]), **texts)
+    groups = int(place["groups"])
+    reason = too_few(groups, float(place.attrs.get("confidence", CONFIDENCE)))
+    return Cell(int(place["layer"]), mean, low, high, int(place["n"]), **texts, groups=groups, reason=reason)
 
 
 def over_layers(recovery: xr.Dataset) -> list[Cell]:

@@ -17,15 +17,21 @@ alike:
   clusters make most of the variance: as many as give the variance of a variance that the kurtosis of the left-out
   values implies (Satterthwaite 1946; kurtosis by its unbiased estimate G2, Joanes and Gill 1998).
 
+Draws of clusters never go beyond the largest and the smallest of them, which with few clusters is not far enough.
+Therefore, with up to `FEW` clusters, an interval also holds Student's: the estimate and its standard error times
+Student's t, both as above.
+
 Where all samples agree, as they do where recovery is 0 or 1 by construction, nothing is corrected and the interval is
 that one value. benchmarks/coverage.py measures how often they hold the truth.
+
+With few groups nothing can make an interval honest: see `fewest_groups` for when there is none, and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, log2, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +42,48 @@ FloatArray = NDArray[np.float64]
 DRAWS = 2000
 CONFIDENCE = 0.95
 
+FEW = 30
+"""Clusters up to which an interval holds Student's too."""
+
 _BLOCK = 4_000_000
 """Numbers a block of resampled means may hold: some tens of MB."""
+
+
+def fewest_groups(confidence: float = CONFIDENCE) -> int:
+    """Groups without which no interval is given: the smallest k with 2 / 2^k <= 1 - confidence; at 95 %, 6.
+
+    An interval holds the values that a test at its level does not reject. With k groups the exact two-sided sign-flip
+    test has no p-value below 2 / 2^k: with fewer groups it rejects nothing, so only the whole line would be honest.
+    Seen from the bootstrap: draws of groups stay between the smallest and the largest group, and k groups all lie on
+    one side of their population's median with probability 2 / 2^k; with more of that than 1 - confidence, no choice of
+    draws can hold the truth as often as is said.
+
+    Raises:
+        ValueError: a confidence that is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence}: expected a share between 0 and 1, such as 0.95")
+    return max(2, ceil(log2(2 / (1 - confidence)) - 1e-9))
+
+
+def too_few(groups: int, confidence: float = CONFIDENCE) -> str:
+    """Why so few groups have no interval, in words; empty where they are enough."""
+    fewest = fewest_groups(confidence)
+    return f"too few groups: {groups}, expected at least {fewest}" if groups < fewest else ""
+
+
+def unanimous(groups: NDArray[np.int64], confidence: float = CONFIDENCE) -> FloatArray:
+    """Lower end of the interval of a share of which all groups say 1 (Clopper and Pearson 1934, n successes of n).
+
+    There draws know no spread, and their interval would be the one value 1; with three groups this is 0.29, with 40
+    groups 0.91. It holds for the share of groups all of whose clips say 1, which is at most the share of clips. Of a
+    share of which all say 0, the upper end is one minus this.
+
+    Args:
+        groups: how many there are [...]; of none nothing is known, and the end is 0.
+        confidence: of the two-sided interval.
+    """
+    return np.asarray(np.where(groups > 0, ((1 - confidence) / 2) ** (1 / np.maximum(groups, 1)), 0.0))
 
 
 @dataclass(frozen=True)
@@ -46,9 +92,10 @@ class Estimate:
 
     Attributes:
         value: NaN where it does not exist.
-        low, high: interval; NaN where it cannot be estimated (fewer than two clusters).
+        low, high: interval; NaN where there is none, see `reason`.
         n: samples behind it.
         groups: clusters (speakers, recordings) behind it.
+        reason: why there is no interval; else empty.
     """
 
     value: float
@@ -56,13 +103,19 @@ class Estimate:
     high: float
     n: int
     groups: int
+    reason: str = ""
 
     def __str__(self) -> str:
-        if np.isnan(self.value):
-            return "undefined"
-        if np.isnan(self.low):
-            return f"{self.value:z.2f} (no interval: fewer than two groups)"
-        return f"{self.value:z.2f} [{self.low:z.2f}, {self.high:z.2f}]"
+        return with_interval(self.value, self.low, self.high, self.reason)
+
+
+def with_interval(value: float, low: float, high: float, reason: str) -> str:
+    """A number and its interval as text; where there is none, the reason in its place."""
+    if np.isnan(value):
+        return "undefined"
+    if np.isnan(low) or np.isnan(high):
+        return f"{value:z.2f} (no interval{f', {reason}' if reason else ''})"
+    return f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 @dataclass(frozen=True)
@@ -125,33 +178,53 @@ class Resampled:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[FloatArray, FloatArray]:
         """Interval of each cell [...]; draws in which a value does not exist are left out.
 
-        NaN with fewer than two clusters, and where fewer than half of the draws have a value.
+        NaN with fewer clusters than `fewest_groups`, where no more than half of the draws have a value, and where there
+        is none without one of the clusters.
+
+        Raises:
+            ValueError: a confidence that is not between 0 and 1.
         """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
+        enough = self.groups >= fewest_groups(confidence)
         cells = self.values.reshape(len(self.values), -1)
         found = np.full((2, cells.shape[1]), np.nan)
         drawn = np.sort(cells[1 + self.left_out :], axis=0)
         count = (~np.isnan(drawn)).sum(axis=0)
-        some = np.flatnonzero((count * 2 > len(drawn)) & ~np.isnan(cells[0]))
-        if self.groups > 1 and some.size:
+        missing = np.isnan(cells[: 1 + self.left_out]).any(axis=0)
+        some = np.flatnonzero((count * 2 > len(drawn)) & ~missing)
+        if enough and some.size:
             drawn, count = drawn[:, some], count[some]
             shift = _bias(drawn, cells[0, some], count)
             acceleration, freedom, error = _shape(cells[1 : 1 + self.left_out, some], self.groups)
             spread = np.nanstd(drawn, axis=0)
             stretch = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
-            half = np.maximum(stretch, sqrt(self.groups / (self.groups - 1))) * t.ppf((1 + confidence) / 2, freedom)
+            student = t.ppf((1 + confidence) / 2, freedom)
+            half = np.maximum(stretch, sqrt(self.groups / (self.groups - 1))) * student
             for row, z in enumerate((-half, half)):
                 moved = shift + z
                 level = norm.cdf(shift + moved / np.maximum(1 - acceleration * moved, 1e-3))
                 found[row, some] = _sorted_quantile(drawn, count, level)
+            if self.groups <= FEW:
+                found[0, some] = np.minimum(found[0, some], cells[0, some] - student * error)
+                found[1, some] = np.maximum(found[1, some], cells[0, some] + student * error)
         shape = self.values.shape[1:]
         return found[0].reshape(shape), found[1].reshape(shape)
+
+    def student_p(self) -> float:
+        """Two-sided p-value of the one number [row] being 0, by Student's t with the standard error and the degrees of
+        freedom of the intervals; 1 where the number does not exist without one of the clusters."""
+        value, left_out = float(self.values[0]), self.values[1 : 1 + self.left_out, None]
+        if value == 0 or self.groups < 2 or np.isnan(left_out).any():
+            return 1.0
+        _, freedom, error = _shape(left_out, self.groups)
+        return float(2 * t.sf(abs(value) / error[0], freedom[0])) if error[0] > 0 else 0.0
 
     def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
         """The one number [row] as an estimate."""
         low, high = self.interval(confidence)
-        return Estimate(float(self.values[0]), float(low), float(high), self.n, self.groups)
+        reason = too_few(self.groups, confidence)
+        if not reason and np.isnan(low) and not np.isnan(self.values[0]):
+            reason = "the number does not exist without some of the groups"
+        return Estimate(float(self.values[0]), float(low), float(high), self.n, self.groups, reason)
 
 
 def _bias(drawn: FloatArray, value: FloatArray, count: NDArray[np.int64]) -> FloatArray:
@@ -234,7 +307,7 @@ def resample_together(parts: Sequence[ClusterSums], seed: int, n_draws: int = DR
 def ratio_intervals(
     clusters: ClusterSums, confidence: float, seed: int, n_draws: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, NDArray[np.int64]]:
-    """Mean, lower end, upper end and number of clusters of every cell.
+    """Mean, lower end, upper end and number of clusters of every cell; no interval below `fewest_groups` of them.
 
     Cells that the same clusters have are resampled together, and only from the clusters that have them. One draw serves
     all cells of such a block, so the intervals of neighbouring layers are comparable.
@@ -245,7 +318,7 @@ def ratio_intervals(
     patterns, pattern = np.unique(has, axis=1, return_inverse=True)
     for index in range(patterns.shape[1]):
         rows = np.flatnonzero(patterns[:, index])
-        if len(rows) < 2:
+        if len(rows) < fewest_groups(confidence):
             continue
         cells = np.flatnonzero(pattern.ravel() == index)
         for part in np.array_split(cells, 1 + len(cells) * (n_draws + len(rows)) // _BLOCK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import xarray as xr
@@ -17,7 +18,8 @@ from lalm_patch.analysis import (
     seen_at_tokens,
     seen_in_audio,
 )
-from lalm_patch.figures.run import heatmap
+from lalm_patch.analysis.resampling import too_few
+from lalm_patch.figures.run import heatmap, without_band
 from lalm_patch.figures.style import PALETTE, as_csv, canvas, label, save, styled, words
 
 CAUSAL, SEEN, IN_AUDIO = "causal", "logit lens, last token", "logit lens, best audio position"
@@ -54,6 +56,7 @@ def lens_rows(dataset: xr.Dataset, recovery: xr.Dataset, seen: xr.Dataset) -> li
     curves = ((CAUSAL, recovery), (SEEN, seen), (IN_AUDIO, seen_in_audio(dataset)))
     return [
         {"curve": curve, "layer": cell.layer, "mean": cell.mean, "low": cell.low, "high": cell.high, "n": cell.n}
+        | {"groups": cell.groups, "no_interval": cell.reason}
         for curve, found in curves
         for cell in over_layers(found)
     ]
@@ -66,7 +69,9 @@ def _token_rows(found: xr.Dataset, curve: str) -> list[dict[str, object]]:
             cell = found.sel(layer=layer).isel(token=token)
             texts = {key: str(cell[key].item()) for key in ("token_text", "token_role")}
             numbers = {key: float(cell[key]) for key in ("mean", "low", "high")}
-            rows.append({"curve": curve, "layer": int(layer), "token": token, **texts, **numbers, "n": int(cell["n"])})
+            counts = {key: int(cell[key]) for key in ("n", "groups")}
+            why = {"no_interval": too_few(counts["groups"])}
+            rows.append({"curve": curve, "layer": int(layer), "token": token, **texts, **numbers, **counts, **why})
     return rows
 
 
@@ -84,7 +89,9 @@ def _draw_layers(dataset: xr.Dataset, rows: list[dict[str, object]]) -> Figure:
         what = f"{CAUSAL}: {about(dataset).measure}" if curve == CAUSAL else curve
         axes.fill_between(x, low, high, color=palette[index], alpha=0.2, lw=0)
         axes.plot(x, mean, style, color=palette[index], marker="os^"[index], ms=3.5, lw=1.6, label=what)
-    n = max(int(str(row["n"])) for row in rows)
+    n, groups = (max(int(str(row[key])) for row in rows) for key in ("n", "groups"))
+    if too_few(groups):
+        axes.plot([], [], " ", label=without_band(np.array(groups)))
     axes.set(xlabel="decoder layer", ylabel="share of the gap in probability")
     axes.set_title(f"{words(about(dataset).title)}\nn = {n} of {dataset.sizes['sample']} samples")
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,7 +133,7 @@ def plot_grounding(dataset: xr.Dataset, folder: Path, name: str = "grounding") -
     found = grounding(dataset)
     rows = [
         {"score": score, "auroc": value.value, "low": value.low, "high": value.high, "wrong": found.wrong}
-        | {"right": found.right, "groups": value.groups}
+        | {"right": found.right, "groups": value.groups, "no_interval": value.reason}
         for score, value in found.auroc.items()
     ]
     with styled():
@@ -135,8 +142,10 @@ def plot_grounding(dataset: xr.Dataset, folder: Path, name: str = "grounding") -
         for index, row in enumerate(rows):
             value = float(str(row["auroc"]))
             if np.isfinite(value):
+                axes.bar(index, value, color=colours[index], width=0.6)
                 ends = [[value - float(str(row["low"]))], [float(str(row["high"])) - value]]
-                axes.bar(index, value, color=colours[index], width=0.6, yerr=np.maximum(ends, 0), capsize=3)
+                if np.isfinite(ends).all():
+                    axes.errorbar(index, value, np.maximum(ends, 0), color="0.2", capsize=3)
         axes.axhline(0.5, color="0.45", lw=0.7)
         axes.set_xticks(
             range(len(rows)), [str(row["score"]) + (", held out" if not k else "") for k, row in enumerate(rows)]
@@ -144,8 +153,8 @@ def plot_grounding(dataset: xr.Dataset, folder: Path, name: str = "grounding") -
         axes.tick_params(axis="x", labelsize=7)
         axes.set(ylabel="AUROC for wrong answers", ylim=(0, 1))
         counts = f"{found.wrong} wrong, {found.right} right answers"
-        axes.set_title(
-            f"{words(about(dataset).title)}\n{counts}{f': {found.reason}' if found.reason else ''}", fontsize=8
-        )
+        why = "; ".join(dict.fromkeys(value.reason for value in found.auroc.values() if value.reason))
+        said = "" if not why else f": {why}" if found.reason else f"; no interval, {why}"
+        axes.set_title(f"{words(about(dataset).title)}\n{fill(counts + said, 70)}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         return save(figure, folder, name, as_csv(rows))

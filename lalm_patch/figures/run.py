@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lalm_patch.analysis import about, in_short, mean_recovery, planted_window, segments, why_none_counts
 from lalm_patch.analysis.early_text import accuracy_without_early_audio
+from lalm_patch.analysis.resampling import CONFIDENCE, too_few
 from lalm_patch.figures.style import PALETTE, ROLE_COLOURS, canvas, diverging, label, save, styled, words
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ STRONGEST = 2.0
 def plot_run(dataset: xr.Dataset, folder: Path, recovery: xr.Dataset | None = None, name: str = "figure") -> list[Path]:
     """Draw a run.
 
-    Layer-wise: mean recovery with its bootstrap band, single samples behind it if there are at most
-    `MOST_SINGLE_LINES`. Token-wise, and of single heads: a heatmap of layers and tokens (or heads) whose colours are
-    symmetric about 0, so that equal distances from 0 look equally strong; the scale reaches at least 1 and at most
-    `STRONGEST`.
+    Layer-wise: mean recovery with its bootstrap band (where groups are too few for one, the legend says so), single
+    samples behind it if there are at most `MOST_SINGLE_LINES`. Token-wise, and of single heads: a heatmap of layers and
+    tokens (or heads) whose colours are symmetric about 0, so that equal distances from 0 look equally strong; the scale
+    reaches at least 1 and at most `STRONGEST`.
 
     Args:
         dataset: the run's dataset; without a kept sample the picture says why there is nothing to see.
@@ -101,6 +102,8 @@ def _draw_layers(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
         lines[0].set_label(name)
     if not np.isnan(low).all():
         axes.fill_between(layers, low, high, color=blue, alpha=0.25, lw=0, zorder=2, label="95 % interval")
+    else:
+        axes.plot([], [], " ", label=without_band(recovery["groups"].values))
     axes.plot(layers, mean, color=blue, lw=1.6, marker="o", ms=3.5, zorder=3, label="mean")
     if about(dataset).knockout:
         table = accuracy_without_early_audio(dataset)
@@ -155,6 +158,11 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     axes.set_xlabel(axis_name(dataset[column]))
     axes.set_title(f"{_title(dataset)}: {_counts(dataset, recovery)}")
     return figure
+
+
+def without_band(groups: np.ndarray) -> str:
+    """Entry of a legend where no interval is drawn: why."""
+    return f"no 95 % interval: {too_few(int(np.max(groups, initial=0))) or 'it does not exist'}"
 
 
 def axis_name(labels: xr.DataArray) -> str:
@@ -221,8 +229,11 @@ def brackets(figure: Figure, axes: Axes, roles: list[str]) -> float:
 
 
 def _table(recovery: xr.Dataset) -> str:
-    """The drawn numbers as CSV; missing ones are empty."""
-    names = ["mean", "low", "high", "n", "groups"]
+    """The drawn numbers as CSV; missing ones are empty. `no_interval` says why there is no interval."""
+    confidence = float(recovery.attrs.get("confidence", CONFIDENCE))
+    reasons = [too_few(int(number), confidence) for number in recovery["groups"].values.ravel()]
+    recovery = recovery.assign(no_interval=(recovery["groups"].dims, np.reshape(reasons, recovery["groups"].shape)))
+    names = ["mean", "low", "high", "n", "groups", "no_interval"]
     keys = ["layer"]
     if "token" in recovery.dims:
         keys += ["token", "token_text", "token_role"]

@@ -20,6 +20,7 @@ from lalm_patch.analysis import (
     segment_profiles,
     variants,
 )
+from lalm_patch.analysis.resampling import too_few
 from lalm_patch.figures.style import PALETTE, ROLE_COLOURS, as_csv, in_order, label, looks, panels, save, styled, words
 
 Rows = list[dict[str, Any]]
@@ -63,7 +64,7 @@ def layer_rows(runs: Sequence[xr.Dataset]) -> Rows:
             which = {"attribute": info.attribute, "model": info.model, "variant": variant, "rate": info.measure}
             first, end = planted_window(run) or (np.nan, np.nan)
             planted = {"planted_first": first, "planted_end": end, "layers": info.layers}
-            rows.append({**which, **place, **numbers, **counts, **planted})
+            rows.append({**which, **place, **numbers, **counts, **_why(counts["groups"]), **planted})
     if not rows:
         raise ValueError("Figure 2 needs at least one layer-wise run (granularity=layer)")
     return rows
@@ -85,7 +86,7 @@ def draw_layers(rows: Rows, relative: bool = False) -> Figure:
             line = [row for row in rows if row["attribute"] == attribute and _line(row) == name]
             x, mean, low, high = (np.array([row[name] for row in line]) for name in (key, "mean", "low", "high"))
             colour, mark = shown[name]
-            text = f"{words(name)} (n = {max(row['n'] for row in line)})"
+            text = f"{words(name)} (n = {max(row['n'] for row in line)}{_few(line)})"
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             every = max(1, len(x) // 10)
             axis.plot(x, mean, color=colour, lw=1.4, marker=mark, ms=3.5, markevery=every, label=text)
@@ -152,8 +153,11 @@ def segment_rows(runs: Sequence[xr.Dataset]) -> Rows:
             line = profiles.sel(segment=segment)
             for index, layer in enumerate(line["layer"].values):
                 numbers = {key: float(line[key][index]) for key in ("mean", "low", "high")}
+                counts = {key: int(line[key][index]) for key in ("n", "groups")}
                 place = {"segment": str(segment), "tokens": float(line["tokens"]), "layer": int(layer)}
-                rows.append({"run": _named(info.title, variant), **place, **numbers, "n": int(line["n"][index])})
+                rows.append(
+                    {"run": _named(info.title, variant), **place, **numbers, **counts, **_why(counts["groups"])}
+                )
     if not rows:
         raise ValueError("segment profiles need a token-wise run (granularity=token) of which samples count")
     return rows
@@ -176,7 +180,7 @@ def draw_segments(rows: Rows) -> Figure:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
             axis.plot(x, mean, color=colour, lw=1.4, label=text, ls="--" if segment == "template" else "-")
         axis.set_ylabel("recovery rate, mean of a token")
-        _dress(axis, f"{words(name)} (n = {max(row['n'] for row in of_run)})", "decoder layer")
+        _dress(axis, f"{words(name)} (n = {max(row['n'] for row in of_run)}{_few(of_run)})", "decoder layer")
         axis.set_ylim(*_ends(rows))
     return figure
 
@@ -238,6 +242,17 @@ def draw_ledger(rows: Rows) -> Figure:
         axis.invert_yaxis()
         _dress(axis, f"{words(run)} (n = {int(left.sum())})", "clips", columns=1)
     return figure
+
+
+def _why(groups: int) -> dict[str, str]:
+    """Column of the table: why a row has no interval."""
+    return {"no_interval": too_few(groups)}
+
+
+def _few(rows: Rows) -> str:
+    """What stands beside n where no interval is drawn."""
+    groups = max(row["groups"] for row in rows)
+    return f"; {groups} group{'' if groups == 1 else 's'}: no interval" if too_few(groups) else ""
 
 
 def _lines(entries: int, columns: int = 2) -> int:

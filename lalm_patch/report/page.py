@@ -32,6 +32,7 @@ from lalm_patch.analysis import (
     why_none_counts,
     with_metric,
 )
+from lalm_patch.analysis.resampling import fewest_groups
 from lalm_patch.checks import from_json
 from lalm_patch.errors import StoreError
 from lalm_patch.figures import draw_run, plot_layers, plot_ledger, plot_segments, rendered, styled
@@ -47,6 +48,7 @@ PAGE_DPI = 120
 """Of the runs' own pictures on the page; print-quality ones lie with the runs."""
 
 FIGURES = "figures"
+FEW = f"none with fewer than {fewest_groups()} groups"
 SHOWN_APART = ("settings", "checks", "command")
 
 
@@ -104,6 +106,7 @@ def make_report(
         findings=relevant(check_claims(runs)),
         comparisons=compare(runs),
         metric=metric.replace("_", " "),
+        fewest=fewest_groups(),
         figures=_shared_figures(runs, figures),
         explorer={"runs": [run for run in explored if run["clips"]], "sounds": list(sounds)},
     )
@@ -185,13 +188,13 @@ def _shared_figures(runs: Sequence[xr.Dataset], folder: Path) -> list[dict[str, 
     token_wise = [run for run in runs if about(run).granularity == "token" and bool(run["kept"].any())]
     drawn = []
     if layer_wise:
-        text = "Mean recovery over layers; bands are 95 % intervals over groups."
+        text = f"Mean recovery over layers; bands are 95 % intervals over groups ({FEW})."
         drawn.append(("Figure 2", text, plot_layers(layer_wise, folder)))
         if len({about(run).layers for run in layer_wise}) > 1:
             text = "The same against the share of depth, so that models of different depth compare."
             drawn.append(("Figure 2, relative depth", text, plot_layers(layer_wise, folder, "figure2_relative", True)))
     if token_wise:
-        text = "Mean recovery of one token of each segment; bands are 95 % intervals over groups."
+        text = f"Mean recovery of one token of each segment; bands are 95 % intervals over groups ({FEW})."
         drawn.append(("Segments", text, plot_segments(token_wise, folder)))
     drawn.append(("Who counts", "Clips by class and reason of exclusion.", plot_ledger(runs, folder)))
     found = []

@@ -337,7 +337,7 @@ def table(runs: Sequence[CollectedRun]) -> str:
         peak = ("", "")
         if run.peak is not None:
             best = run.peak.over_layers
-            peak = (f"layer {best.layer}", f"{best.mean:z.2f} [{best.low:z.2f}, {best.high:z.2f}]")
+            peak = (f"layer {best.layer}", str(best))
         verdict = f"{passed} of {len(checks)}" + ("" if passed == len(checks) else " FAILED")
         rows.append((name, run.status.state, count, *peak, verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -35,8 +35,8 @@ class Score:
             single heads, whether the head of the largest cell is.
         depth: estimated fusion depth in layers.
         depth_error: distance of the estimate from the planted layers; infinite for an estimate that does not exist.
-        covered: whether the interval holds the depth of the whole population of clips.
-        width: of that interval, in layers.
+        covered: whether the interval holds the depth of the whole population of clips; NaN without an interval.
+        width: of that interval, in layers; likewise.
         largest: largest mean recovery of any cell.
         paths: largest mean recovery at each planted position before the last, descending.
         agreement: of an approximation, the correlation of its recovery rates with exact ones.
@@ -85,7 +85,8 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
     covered = np.nan
     if population is not None:
         whole = fusion(population).depth.value
-        covered = float(depth.low - ROUNDING <= whole <= depth.high + ROUNDING)
+        known = np.isfinite([depth.low, depth.high, whole]).all()
+        covered = float(depth.low - ROUNDING <= whole <= depth.high + ROUNDING) if known else np.nan
     return Score(
         kept=int(run.kept.sum()),
         auroc=auroc(np.abs(mean), expected),
