@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lalm_patch.errors import ModelError
-from lalm_patch.models.precision import HALF
 from lalm_patch.models.weights import refuse_not_finite
 
 _MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ [1-9]\d*\s+(/.*)$")
@@ -145,7 +144,7 @@ class Offloaded:
     @contextmanager
     def bringing(self, widened: Container[str]) -> Iterator[None]:
         """While the context is open, some parameters, by name, come in float32."""
-        chosen = [one for layer in self._layers for one in layer if one.name in widened and one.dtype in HALF]
+        chosen = [one for layer in self._layers for one in layer if one.name in widened and one.dtype.itemsize == 2]
         before = [one.dtype for one in chosen]
         self._forget()
         for one in chosen:
