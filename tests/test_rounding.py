@@ -179,6 +179,8 @@ def test_resolution() -> None:
     assert repeated.error == 2e-6
     assert repeated.least == pytest.approx(1e-5)
     assert resolution(found, nothing, checks(noise_floor=1e-6), None).least == 0
+    faulty = to_json([Check.at_most("noise_floor", 1e-6, 1e-5), Check.at_most("replay_equals_direct", 0.2, 1e-5)])
+    assert resolution(found, nothing, faulty, 5.0).error == 1e-6
     unknown = resolution(found, nothing, checks(restore_all=1e-6), 5.0)
     assert np.isnan(unknown.error)
     assert unknown.least == 0

@@ -244,7 +244,7 @@ def _exclusions(
     reasons = [str(sample.meta["exclusion"]) for sample in samples]
     details = [str(sample.meta["detail"]) for sample in samples]
     for row, (clean, corrupted) in enumerate(p_base.astype(np.float64)):
-        if reasons[row] == Exclusion.KEPT and clean - corrupted < resolved.least:
+        if reasons[row] == Exclusion.KEPT and clean - corrupted < resolved.least != 0:
             reasons[row] = str(Exclusion.UNRESOLVED)
             details[row] = (
                 f"its gap of {clean - corrupted:.2g} is below {resolved.least:.2g}, "

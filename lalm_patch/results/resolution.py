@@ -41,7 +41,8 @@ def resolution(found: np.ndarray, exact: np.ndarray, checks: str, min_gap: float
         error = float(np.sqrt(np.mean((found - exact)[known] ** 2)))
         how = f"root mean square over {known.sum()} probabilities of {known.any(axis=1).sum()} clips, against float32"
     else:
-        repeated = [check for check in from_json(checks) if check.name in REPEATED and np.isfinite(check.value)]
+        # What a failed check measured is a fault, and no rounding.
+        repeated = [check for check in from_json(checks) if check.name in REPEATED and check.passed]
         error = max((check.value for check in repeated), default=np.nan)
         how = f"largest difference between two ways to compute the same ({', '.join(one.name for one in repeated)})"
     least = 0.0 if min_gap is None or np.isnan(error) else min_gap * error
