@@ -5,8 +5,9 @@ bfloat16 loses what tracing measures. Weights in half precision are exact in flo
 was rounded:
 
 - `as_loaded`: everything in the weights' type, as transformers does it and as others publish it.
-- `stream`: residual stream, norms, rotary positions, softmax and head's logits in float32; the inputs of linear layers
-  are rounded to the weights' type, products are summed in float32 (on a CPU that is no faster than `float32`).
+- `stream`: residual stream, norms, rotary positions, softmax and head in float32; the inputs of the decoder's linear
+  layers are rounded to the weights' type, products are summed in float32 (on a CPU that is no faster than `float32`).
+  Encoder and connector, which run twice per clip, are as in `float32`: the decoder carries on all that they lose.
 - `float32`: linear layers of float32 inputs with the stored weights. On a GPU with bfloat16 weights the input is split
   into two bfloat16 parts, x = hi + lo, and x W = hi W + lo W, both summed in float32; elsewhere one weight at a time is
   widened while it is used.
@@ -45,7 +46,10 @@ def compute_with(module: nn.Module, mode: str) -> bool:
     """
     if mode == "as_loaded" or not any(parameter.dtype in HALF for parameter in module.parameters()):
         return False
-    _multiply_with(module, _stream if mode == "stream" else _exact)
+    _multiply_with(module, _exact)
+    if mode == "stream":
+        find: Callable[[], nn.Module] | None = getattr(module, "get_decoder", None)
+        _multiply_with(module if find is None else find(), _stream)
     for tensor in _widened(module):
         tensor.data = tensor.data.float()
     return True
