@@ -45,6 +45,7 @@ def main() -> None:
     made.add_argument("--attrs", nargs="+", default=["gender", "emotion"])
     made.add_argument("--clips", type=int, default=12, help="clips of each question")
     made.add_argument("--cells", type=int, default=24)
+    made.add_argument("--seed", type=int, default=SEED, help="of the choice of cells and of the runs")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--json", type=Path)
     options = made.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
         for attr in options.attrs:
             found[dtype, mode, attr] = computed(options, dtype, mode, attr)
             print(f"{dtype} {mode} {attr}: {time.perf_counter() - started:.0f} s", flush=True)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(options.seed)
     rows: list[list[str | int | float]] = []
     ratios = []
     for number in range(RUNS):
@@ -68,7 +69,7 @@ def main() -> None:
     share = np.mean(np.array(ratios) <= COVERED)
     notes = [
         f"{RUNS} runs of {CLIPS_OF_A_RUN} clips; in {share:.1%} the true error is at most {COVERED} times the stated; "
-        f"ratio from {min(ratios):.2f} to {max(ratios):.2f}, median {np.median(ratios):.2f}; seed {SEED}."
+        f"ratio from {min(ratios):.2f} to {max(ratios):.2f}, median {np.median(ratios):.2f}; seed {options.seed}."
     ]
     columns = ["weights", "precision", "question", "stated", "true", "true / stated"]
     emit([Table("Root mean square error of a probability", columns, rows, notes)], options)
@@ -86,7 +87,7 @@ def computed(options: argparse.Namespace, dtype: str, mode: str, attr: str) -> t
         asked, waveform = questions.ask(record), record.waveform(None)
         runs = [lalm.encode(sound, asked.prompt, questions.layout) for sound in (waveform, silence(waveform))]
         cells = token_grid(runs[0].tokens, range(lalm.num_layers)).cells
-        chosen = np.random.default_rng(SEED).choice(len(cells), options.cells, replace=False)
+        chosen = np.random.default_rng(options.seed).choice(len(cells), options.cells, replace=False)
         grid = Grid(("cell",), {"cell": chosen}, tuple(cells[index] for index in chosen))
         ids = [answer[0] for answer in asked.answers]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from conftest import load
+from scipy.stats import t
 from test_engines import encodings, likely_tokens
 from test_precision import opened, swept, with_outliers
 
@@ -23,6 +24,7 @@ from lalm_patch.models.proof import ROUNDINGS, TOLERANCE, make_pair, passes, pro
 from lalm_patch.results.resolution import resolution
 from lalm_patch.settings import EngineSettings
 from lalm_patch.stimuli import Prompt
+from lalm_patch.tracing.metrics import error_of_probabilities
 
 HALF_DEMO = ("attr=gender", "model.dtype=bfloat16", "data.limit=16", "engine.float32_cells=100000")
 
@@ -172,7 +174,7 @@ def checks(**values: float) -> str:
 def test_resolution() -> None:
     found, exact = np.array([[0.5, 0.2], [0.4, 0.1]]), np.array([[0.52, np.nan], [0.36, np.nan]])
     measured = resolution(found, exact, checks(noise_floor=0.5), 5.0)
-    assert measured.error == pytest.approx(np.sqrt((0.02**2 + 0.04**2) / 2))
+    assert measured.error == pytest.approx(error_of_probabilities(found, exact))
     assert measured.least == pytest.approx(5 * measured.error)
     nothing = np.full_like(exact, np.nan)
     repeated = resolution(found, nothing, checks(noise_floor=1e-6, replay_at_load=2e-6, restore_all=0.3), 5.0)
@@ -203,6 +205,35 @@ def test_clips_that_cannot_be_resolved_are_in_the_ledger(tmp_path: Path) -> None
     loose = lalm_patch.trace(*what, "min_gap=null").dataset
     assert int(loose["kept"].sum()) == int(run["kept"].sum())
     xr.testing.assert_identical(loose["p_patched"], run["p_patched"])
+
+
+def test_few_clips_speak_for_others() -> None:
+    """Logits that are off by as much everywhere: four clips give the error of twenty, decided and undecided ones."""
+    rng = np.random.default_rng(20261127)
+    plain, scaled = [], []
+    for _ in range(300):
+        logits = rng.normal(0, 4, (20, 1)) + rng.normal(0, 1, (20, 18))
+        exact, found = (1 / (1 + np.exp(-values)) for values in (logits, logits + rng.normal(0, 0.05, logits.shape)))
+        known = np.where(np.arange(20)[:, None] < 4, exact, np.nan)
+        true = np.sqrt(np.mean((found - exact) ** 2))
+        plain.append(true / np.sqrt(np.mean((found - exact)[:4] ** 2)))
+        scaled.append(true / error_of_probabilities(found, known))
+        assert error_of_probabilities(found, exact) == pytest.approx(true)
+    assert np.mean(np.array(scaled) <= 1.5) > 0.99 > np.mean(np.array(plain) <= 1.5)
+    assert np.isnan(error_of_probabilities(found, np.full_like(found, np.nan)))
+
+
+def test_the_upper_end_is_student_s() -> None:
+    """By hand: probabilities that all move alike, so that squares are compared; two of three clips are known."""
+    found = np.full((3, 2), 0.5)
+    exact = np.array([[0.51, 0.49], [0.53, 0.47], [np.nan, np.nan]])
+    squares = np.array([1e-4, 9e-4])
+    error = np.sqrt((2 - 1) * np.var(squares[::-1]) * (1 - 2 / 3))
+    assert error_of_probabilities(found, exact) ** 2 == pytest.approx(squares.mean() + t.ppf(0.9, 1) * error)
+    assert error_of_probabilities(found[:2], exact[:2]) ** 2 == pytest.approx(squares.mean())
+    assert error_of_probabilities(found[1:], exact[1:]) == pytest.approx(2 * 0.03)
+    decided = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert error_of_probabilities(decided, decided) == 0
 
 
 def test_error_of_a_mean() -> None:

@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from lalm_patch.tracing.metrics import share_moved
+from lalm_patch.tracing.metrics import error_of_probabilities, share_moved
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Precision:
     """Errors of a run's numbers, from clips that were computed twice; NaN of another metric than the probability.
 
     Attributes:
-        probability: root mean square error of a probability, of clean, corrupted and patched runs.
-        probability_largest: the largest.
+        probability: root mean square error of a probability, of clean, corrupted and patched runs of all clips, at
+            most: with 90 % confidence, see `error_of_probabilities`.
+        probability_largest: the largest of those that were computed twice.
         recovery: root mean square error of a recovery rate, of clips that count; NaN where none of these was
             measured.
         recovery_largest: the largest; likewise.
@@ -43,7 +44,8 @@ class Precision:
     def __str__(self) -> str:
         if not self.numbers:
             return "rounding: unknown for this metric (it was measured for the probability)"
-        text = f"rounding: a probability is off by {self.probability:.1g} (largest {self.probability_largest:.1g})"
+        text = f"rounding: a probability is off by {self.probability:.1g} at most (root mean square; largest seen "
+        text += f"{self.probability_largest:.1g})"
         if np.isfinite(self.recovery):
             text += f", a recovery rate by {self.recovery:.1g} (largest {self.recovery_largest:.1g})"
         if np.isfinite(self.mean):
@@ -67,7 +69,7 @@ def precision(dataset: xr.Dataset) -> Precision | None:
     rates = _rate_errors(dataset, found, exact)
     some = rates[np.isfinite(rates)]
     return Precision(
-        probability=_rms(errors),
+        probability=error_of_probabilities(found, exact),
         probability_largest=float(np.abs(errors).max()),
         recovery=_rms(some),
         recovery_largest=float(np.abs(some).max()) if some.size else np.nan,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lalm_patch.checks import from_json
+from lalm_patch.tracing.metrics import error_of_probabilities
 
 REPEATED = ("noise_floor", "replay_at_load", "replay_equals_direct", "remote_rows_equal_whole")
 """Checks that compute the same twice: what they measured is rounding, where nothing else is known."""
@@ -38,8 +39,10 @@ def resolution(found: np.ndarray, exact: np.ndarray, checks: str, min_gap: float
     """
     known = np.isfinite(found) & np.isfinite(exact)
     if known.any():
-        error = float(np.sqrt(np.mean((found - exact)[known] ** 2)))
-        how = f"root mean square over {known.sum()} probabilities of {known.any(axis=1).sum()} clips, against float32"
+        error = error_of_probabilities(found, exact)
+        how = (
+            f"root mean square at most, from {known.sum()} probabilities of {known.any(axis=1).sum()} clips in float32"
+        )
     else:
         # What a failed check measured is a fault, and no rounding.
         repeated = [check for check in from_json(checks) if check.name in REPEATED and check.passed]
