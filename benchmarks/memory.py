@@ -18,6 +18,7 @@ import torch
 from common import IDS, RandomVoxtral, Table, emit, parser
 
 from lalm_patch.engine import ReplayEngine
+from lalm_patch.engine.memory import give_back_holes
 from lalm_patch.interventions.grids import token_grid
 
 MIB = 2**20
@@ -62,6 +63,7 @@ def child(options: argparse.Namespace) -> tuple[int, int]:
     lalm = RandomVoxtral(options.layers, options.hidden)
     clean, corrupted = (lalm.random_encoding(options.text, options.audio, seed) for seed in (0, 1))
     grid = token_grid(clean.tokens, range(options.layers))
+    give_back_holes()  # memory that is free already would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if options.child == "forward":
