@@ -172,7 +172,8 @@ def checks(**values: float) -> str:
 
 
 def test_resolution() -> None:
-    found, exact = np.array([[0.5, 0.2], [0.4, 0.1]]), np.array([[0.52, np.nan], [0.36, np.nan]])
+    found, exact = np.array([[0.5, 0.2, 0.3], [0.4, 0.1, 0.2]]), np.full((2, 3), np.nan)
+    exact[:, 0] = 0.52, 0.36
     measured = resolution(found, exact, checks(noise_floor=0.5), 5.0)
     assert measured.error == pytest.approx(error_of_probabilities(found, exact))
     assert measured.least == pytest.approx(5 * measured.error)
@@ -225,14 +226,15 @@ def test_few_clips_speak_for_others() -> None:
 
 def test_the_upper_end_is_student_s() -> None:
     """By hand: probabilities that all move alike, so that squares are compared; two of three clips are known."""
-    found = np.full((3, 2), 0.5)
-    exact = np.array([[0.51, 0.49], [0.53, 0.47], [np.nan, np.nan]])
+    found = np.full((4, 3), 0.5)
+    found[3, 2] = np.nan  # a clip that was not traced
+    exact = np.array([[0.51, 0.49, 0.51], [0.53, 0.47, 0.53], [np.nan] * 3, [np.nan] * 3])
     squares = np.array([1e-4, 9e-4])
     error = np.sqrt((2 - 1) * np.var(squares[::-1]) * (1 - 2 / 3))
     assert error_of_probabilities(found, exact) ** 2 == pytest.approx(squares.mean() + t.ppf(0.9, 1) * error)
     assert error_of_probabilities(found[:2], exact[:2]) ** 2 == pytest.approx(squares.mean())
     assert error_of_probabilities(found[1:], exact[1:]) == pytest.approx(2 * 0.03)
-    decided = np.array([[1.0, 0.0], [1.0, 0.0]])
+    decided = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
     assert error_of_probabilities(decided, decided) == 0
 
 

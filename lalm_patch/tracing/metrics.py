@@ -71,7 +71,8 @@ def error_of_probabilities(found: FloatArray, exact: FloatArray) -> float:
     clip at a time, and none of it where all clips are known.
 
     Args:
-        found: as computed [clip, number]; NaN where there is none.
+        found: as computed [clip, number], of clean and corrupted run and cells; NaN where there is none. Clips without
+            cells say nothing: they do not count.
         exact: NaN where it is not known.
 
     Returns:
@@ -81,7 +82,7 @@ def error_of_probabilities(found: FloatArray, exact: FloatArray) -> float:
     from scipy.special import stdtrit
 
     values, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
-    there = np.isfinite(values)
+    there = np.isfinite(values) & np.isfinite(values[:, 2:]).any(axis=1, keepdims=True)
     known = there & np.isfinite(exact)
     moves = (values * (1 - values)) ** 2
     clips, every = int(known.any(axis=1).sum()), int(there.any(axis=1).sum())
