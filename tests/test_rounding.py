@@ -136,16 +136,15 @@ def test_what_a_run_says_of_itself_is_its_error(tmp_path: Path) -> None:
     np.testing.assert_allclose(grown.values[known], (1.959964 * found.mean) ** 2, rtol=1e-4, atol=1e-12)
 
 
-def test_few_clips_are_measured_and_a_killed_run_goes_on(tmp_path: Path) -> None:
-    run = lalm_patch.trace(
-        "attr=gender",
-        "model.dtype=bfloat16",
-        "engine.precision=stream",
-        "engine.float32_clips=2",
-        "engine.float32_cells=3",
-        "data.limit=8",
-        f"outputs={tmp_path}",
-    ).dataset
+def half_demo(tmp_path: Path, *overrides: str) -> xr.Dataset:
+    what = ("attr=gender", "model.dtype=bfloat16", "data.limit=8", f"outputs={tmp_path}")
+    dataset = lalm_patch.trace(*what, *overrides).dataset
+    assert dataset is not None
+    return dataset
+
+
+def test_few_clips_are_measured(tmp_path: Path) -> None:
+    run = half_demo(tmp_path, "engine.precision=stream", "engine.float32_clips=2", "engine.float32_cells=3")
     measured = np.isfinite(run["p_clean_float32"].values)
     assert measured.sum() == 2
     assert run["kept"].values[measured].all()
@@ -155,14 +154,7 @@ def test_few_clips_are_measured_and_a_killed_run_goes_on(tmp_path: Path) -> None
 
 
 def test_an_approximation_measures_its_two_runs_only(tmp_path: Path) -> None:
-    run = lalm_patch.trace(
-        "attr=gender",
-        "model.dtype=bfloat16",
-        "engine.precision=as_loaded",
-        "engine=attribution",
-        "data.limit=8",
-        f"outputs={tmp_path}",
-    ).dataset
+    run = half_demo(tmp_path, "engine.precision=as_loaded", "engine=attribution")
     assert np.isfinite(run["p_clean_float32"].values).sum() == min(4, int(run["kept"].sum()))
     assert not np.isfinite(run["p_patched_float32"].values).any()
 

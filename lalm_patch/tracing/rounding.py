@@ -32,14 +32,10 @@ class Rounding:
         settings: the run's.
         pair: what was found at load.
         seed: of the choice of cells.
-
-    Attributes:
-        tolerance: largest difference in probability that rounding explains, by what was measured up to now.
     """
 
     def __init__(self, lalm: LALM, engine: Engine, settings: EngineSettings, pair: Pair, seed: int) -> None:
         self.lalm = lalm
-        self.tolerance = pair.tolerance
         self._pair, self._seed = pair, seed
         self._cells = 0 if isinstance(engine, ApproximateEngine) else settings.float32_cells
         inner = engine.exact if isinstance(engine, ApproximateEngine) else engine
@@ -54,7 +50,7 @@ class Rounding:
         A difference above what was measured on other clips is looked into: the direct engine's own error is measured on
         this clip, and may explain it.
         """
-        if difference > self.tolerance and not self.lalm.exact and self._pair.given is None:
+        if difference > self._pair.tolerance and not self.lalm.exact and self._pair.given is None:
             cells = self._chosen(clip, 2)
 
             def computed(first: OpenedClip) -> np.ndarray:
@@ -66,8 +62,7 @@ class Rounding:
             found = computed(clip)
             with self.lalm.exactly():
                 self._pair.measured(found, computed(self._in_float32(clip)))
-            self.tolerance = self._pair.tolerance
-        return self.tolerance
+        return self._pair.tolerance
 
     def measured(self, clips: Sequence[OpenedClip]) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
         """Clean and corrupted run and some cells of clips in float32, as samples' arrays and what their records say.
