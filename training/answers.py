@@ -76,7 +76,7 @@ class Student:
 
     def ids(self, name: str, layout: str, order: int | None, spoken: str | None, option: str = "") -> list[int]:
         """A question; `order` seeds a shuffled list of options."""
-        return _ids(self.family, name, layout, order, spoken, option)
+        return question_ids(self.family, name, layout, order, spoken, option)
 
     @property
     def vocabulary(self) -> int:
@@ -90,7 +90,10 @@ class Student:
 
 
 @cache
-def _ids(family: Family, name: str, layout: str, order: int | None, spoken: str | None, option: str) -> list[int]:
+def question_ids(
+    family: Family, name: str, layout: str, order: int | None, spoken: str | None, option: str
+) -> list[int]:
+    """Ids of a question with the places of its audio, and an option after the phrase; see `Student.ids`."""
     attribute = attributes()[name]
     prompt = Prompt.from_attribute(attribute)
     if order is not None:

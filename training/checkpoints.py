@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -225,8 +225,22 @@ def make_connector(taps: int, seed: int) -> DestaConnector:
     return connector
 
 
-def save_connector(connector: DestaConnector, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write DeSTA2.5's own repository: the connector under its published names, and which parts belong to it."""
+def save_connector(
+    connector: DestaConnector,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    parts: Mapping[str, str] = DESTA_IDS,
+    placeholder: str = DESTA25_PLACEHOLDER,
+) -> None:
+    """Write DeSTA2.5's own repository: the connector under its published names, and which parts belong to it.
+
+    Args:
+        connector: the weights.
+        folder: where.
+        dtype: of the weights.
+        parts: the ids of decoder and encoder, as DeSTA2.5's config.json names them.
+        placeholder: the token that holds the audio vectors' places.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = connector.state_dict()
     keys = connector_keys(len(connector.layer_prompts), len(connector.layers))
@@ -234,12 +248,12 @@ def save_connector(connector: DestaConnector, folder: Path, dtype: torch.dtype =
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
         "model_type": "desta25",
-        **DESTA_IDS,
+        **parts,
         "connector_mode": "qformer_1",
         "qformer_num_hidden_layers": len(connector.layers),
-        "prompt_size": DESTA_VECTORS,
+        "prompt_size": connector.layer_weights.shape[0],
         "use_lora": False,
         "audio_locator": "<|AUDIO|>",
-        "placeholder_token": DESTA25_PLACEHOLDER,
+        "placeholder_token": placeholder,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
