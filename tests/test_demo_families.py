@@ -205,7 +205,7 @@ def test_a_missing_demo_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     from lalm_patch.errors import ModelError
 
     monkeypatch.setitem(BUNDLED, "demo_voxtral", tmp_path / "nowhere")
-    with pytest.raises(ModelError, match=r"demo_voxtral: the demo is missing .* reinstall lalm_patch"):
+    with pytest.raises(ModelError, match=r"demo_voxtral: comes with lalm_patch and is missing .* reinstall lalm_patch"):
         LALM.load(compose("model=demo_voxtral").model)
 
 

@@ -1,4 +1,5 @@
-"""From a hub id or a folder to a folder: everything after works on local files, wherever they came from."""
+"""From a hub id, a folder or a file to what is on this machine: everything after works on local files, wherever they
+came from."""
 
 from __future__ import annotations
 
@@ -19,8 +20,16 @@ from huggingface_hub.errors import (
 )
 
 from lalm_patch.errors import ModelError
-from lalm_patch.models.files import check_all_weights, check_small_files, read_config, read_files, without_config
+from lalm_patch.models.files import (
+    check_all_weights,
+    check_gguf,
+    check_small_files,
+    read_config,
+    read_files,
+    without_config,
+)
 from lalm_patch.models.fingerprint import check_against_hub, fingerprint, former_fingerprint, published_checksums, stamp
+from lalm_patch.models.packaged import how_to_install, packaged_weights
 from lalm_patch.settings import ModelSettings
 
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
@@ -29,13 +38,18 @@ OLD_WEIGHT_FILES = ("*.bin",)  # only where there is nothing else: most reposito
 UNWANTED_FILES = ("consolidated*", "original/*", "*fp32*")  # the same weights once more
 PART_FIELDS = {"decoder": ("llama_model_id", "llm_model_id"), "encoder": ("whisper_model_id", "encoder_model_id")}
 """Where the config.json of a checkpoint that is only a connector names the repositories of the rest."""
-_DEMO_DATA = Path(__file__).resolve().parent.parent / "data" / "demo"
+GGUF_PARTS = ("decoder",)
+"""Parts that may be a GGUF file."""
+_DATA = Path(__file__).resolve().parent.parent / "data"
+_DEMO_DATA = _DATA / "demo"
 BUNDLED = {
     "demo": _DEMO_DATA / "model",
     "demo_voxtral": _DEMO_DATA / "voxtral",
     "demo_desta": _DEMO_DATA / "desta" / "connector",
     "demo_desta_llama": _DEMO_DATA / "desta" / "llama",
     "demo_desta_whisper": _DEMO_DATA / "desta" / "whisper",
+    "smol": _DATA / "smol" / "connector",
+    "smol_whisper": _DATA / "smol" / "whisper",
 }
 """Checkpoints that come with the package, by the id that means them."""
 DEMO_FOLDER = BUNDLED["demo"]
@@ -49,7 +63,7 @@ class Checkpoint:
     """A checkpoint on this machine.
 
     Attributes:
-        folder: where its files are.
+        folder: where its files are; or its only file, a GGUF.
         id: what the user asked for.
         commit: the hub's commit; for a local folder `local:` and a fingerprint of every byte of its files. A copy from
             the hub that lost its files' checksums on the way has both.
@@ -63,7 +77,7 @@ class Checkpoint:
 
     @property
     def local(self) -> bool:
-        """Whether it is a folder of the user's (or the demo), not a copy of a repository on the hub."""
+        """Whether it is of the user's or of a package, not a copy of a repository on the hub."""
         return self.commit.startswith(LOCAL)
 
     @property
@@ -129,8 +143,7 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
     for part, fields in PART_FIELDS.items():
         own = next((named[name] for name in fields if name in named), None)
         if own is not None:
-            given = getattr(settings, part) or own
-            parts[part] = find_repository(given, setting=f"model.{part}", weights=weights)
+            parts[part] = find_part(part, own, getattr(settings, part), weights=weights)
         elif getattr(settings, part):
             raise ModelError(
                 f"model.{part}={getattr(settings, part)}: {settings.id} is one whole checkpoint, leave model.{part} out"
@@ -144,13 +157,37 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
     return checkpoint
 
 
+def find_part(part: str, named: str, given: str | None = None, *, weights: bool = True) -> Checkpoint:
+    """Find one of the repositories that a connector stands between.
+
+    Args:
+        part: its name in `PART_FIELDS`.
+        named: the one that the connector's config.json names. Where a package with its weights is installed, they are
+            taken from there.
+        given: the one to use instead.
+        weights: False for configuration and tokenizer only.
+
+    Raises:
+        ModelError: as `find_repository`.
+    """
+    setting = f"model.{part}"
+    if given is not None:
+        return find_repository(given, setting=setting, weights=weights)
+    if (file := packaged_weights(named)) is not None:
+        return _file(file, named)
+    try:
+        return find_repository(named, setting=setting, weights=weights)
+    except ModelError as error:
+        raise ModelError(f"{error}{how_to_install(named)}") from error
+
+
 def find_repository(
     identifier: str, revision: str | None = None, *, setting: str = "model.id", weights: bool = True
 ) -> Checkpoint:
     """Find one repository in a local folder, in the hub's cache, or on the hub (then download it).
 
     Args:
-        identifier: folder or hub id.
+        identifier: folder or hub id; for one of `GGUF_PARTS` also a GGUF file.
         revision: branch, tag or commit on the hub.
         setting: the setting that gave the identifier, for messages: the place to put a local folder instead.
         weights: False to leave the weights out.
@@ -160,7 +197,9 @@ def find_repository(
     """
     if bundled := BUNDLED.get(identifier):
         if not (bundled / "config.json").is_file():
-            raise ModelError(f"{setting}={identifier}: the demo is missing from {bundled}; reinstall lalm_patch")
+            raise ModelError(
+                f"{setting}={identifier}: comes with lalm_patch and is missing from {bundled}; reinstall lalm_patch"
+            )
         return _local(bundled, identifier, revision, setting)
     folder = Path(identifier).expanduser()
     try:
@@ -174,6 +213,8 @@ def find_repository(
     if is_folder:
         return _local(folder, identifier, revision, setting)
     if folder.exists():
+        if setting in (f"model.{part}" for part in GGUF_PARTS):
+            return _file(folder, identifier)
         raise ModelError(f"{setting}={identifier}: a file, expected a checkpoint's folder; give the folder it is in")
     if folder.is_symlink():
         raise ModelError(f"{setting}={identifier}: a symbolic link to {folder.readlink()}, where there is no folder")
@@ -190,6 +231,11 @@ def _local(folder: Path, identifier: str, revision: str | None, setting: str) ->
         )
     check_small_files(folder)
     return Checkpoint(folder, identifier, f"{LOCAL}{fingerprint(folder)}")
+
+
+def _file(path: Path, identifier: str) -> Checkpoint:
+    check_gguf(path)
+    return Checkpoint(path, identifier, f"{LOCAL}{fingerprint(path)}")
 
 
 def _downloaded(folder: Path, identifier: str, commit: str, setting: str) -> Checkpoint:

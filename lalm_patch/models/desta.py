@@ -63,6 +63,10 @@ class Desta2(NativeFamily):
         features = native.whisper_features(self.extractor, [waveform])
         return {**self._prompt(prompt, layout, None).tensors(), "input_features": features}
 
+    def transcribes(self, module: PreTrainedModel) -> bool:
+        """Not where its Whisper is an encoder alone."""
+        return not native.is_encoder_alone(module.config.audio_config)
+
     def transcribe(self, waveform: np.ndarray, module: PreTrainedModel) -> str:
         """What the model's Whisper understands."""
         return native.transcribe(module, self.extractor, None, waveform, self.longest_transcript)
@@ -94,5 +98,5 @@ class Desta25(Desta2):
 
 
 def _folders(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Folders of connector, decoder and encoder, as the loaders call them."""
+    """Folders of connector, decoder (or its file) and encoder, as the loaders call them."""
     return {"location": checkpoint.folder, **{name: part.folder for name, part in checkpoint.parts.items()}}

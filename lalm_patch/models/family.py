@@ -149,6 +149,10 @@ class Family(ABC):
         """Role of every position, where the family built the prompt from pieces; None to find them in the text."""
         return None
 
+    def transcribes(self, module: PreTrainedModel) -> bool:
+        """Whether `transcribe` can be asked once the module has its weights; it may be an outline."""
+        return self.reads_transcript
+
     def transcribe(self, waveform: np.ndarray, module: PreTrainedModel) -> str:
         """The transcript the model's own pipeline would give it (families with `reads_transcript`)."""
         raise NotImplementedError(f"{type(self).__name__} reads no transcript")

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from lalm_patch.errors import LalmPatchError, ModelError
+from lalm_patch.models.gguf_format import read_gguf
 
 JSON_FILES = (
     "config.json",
@@ -106,7 +107,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_entry(folder: Path) -> Path | None:
-    """The file that transformers begins to read weights at: all of them, or the index of their shards."""
+    """The file that transformers begins to read weights at: all of them, or the index of their shards; a GGUF file in
+    place of a folder is its own."""
+    if folder.is_file():
+        return folder
     entries = (folder / name for whole in WHOLE_WEIGHTS for name in (whole, f"{whole}.index.json"))
     return next((path for path in entries if path.is_symlink() or path.exists()), None)
 
@@ -145,9 +149,15 @@ def weight_files(folder: Path) -> list[Path]:
 def check_all_weights(folder: Path) -> None:
     """All files of weights a model is read from are there and whole.
 
+    Args:
+        folder: a checkpoint's folder, or one GGUF file.
+
     Raises:
         ModelError: as `weight_files` and `check_weights`.
     """
+    if not folder.is_dir():
+        check_gguf(folder)
+        return
     others = [*_own_format(folder), *_adapters(folder)]
     if weights_entry(folder) is not None or not _own_format(folder):
         others += weight_files(folder)
@@ -177,6 +187,16 @@ def check_weights(path: Path) -> None:
                             pass
     elif path.read_bytes()[:1] != b"\x80":  # a pickle: torch before 1.6 wrote no archives
         raise ModelError(f"{path}: cannot be read as weights (no file of torch); it was cut or changed, {_AGAIN}")
+
+
+def check_gguf(path: Path) -> None:
+    """One GGUF file is whole, as far as its table of tensors can tell; like safetensors it carries no checksum.
+
+    Raises:
+        ModelError: as `check_file` and `read_gguf`.
+    """
+    check_file(path)
+    read_gguf(path)
 
 
 @contextmanager
@@ -240,6 +260,8 @@ def check_small_files(folder: Path) -> None:
 
 def processor_files(folder: Path) -> str:
     """The files a processor is made from, for messages."""
+    if folder.is_file():
+        return f"{folder}: its tokenizer and chat template"
     names = [name for name in (*JSON_FILES[2:-1], *TEXT_FILES, *OTHER_FILES) if (folder / name).is_file()]
     return f"{folder}: its processor ({', '.join(names) or 'no file of one is there'})"
 
@@ -255,7 +277,10 @@ def without_config(names: Iterator[str]) -> str:
 
 
 def read_files(folder: Path) -> list[Path]:
-    """Every file a model's numbers can depend on, whatever reads it; links that lead nowhere are left out."""
+    """Every file a model's numbers can depend on, whatever reads it; links that lead nowhere are left out. A GGUF file
+    in place of a folder is all of them."""
+    if folder.is_file():
+        return [folder]
     names: list[Path] = [folder / name for name in (*JSON_FILES, *TEXT_FILES, *OTHER_FILES)]
     entry = weights_entry(folder)
     if entry is None or "transformers_weights" in _lenient(folder / "config.json"):

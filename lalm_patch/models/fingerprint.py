@@ -67,7 +67,8 @@ def checksums(paths: Iterable[Path], *, remembered: bool = True) -> dict[Path, s
 
 
 def fingerprint(folder: Path, *, remembered: bool = True) -> str:
-    """Identity of a folder's model: 16 hex digits over names and contents of all the files it is read from.
+    """Identity of a folder's model: 16 hex digits over names and contents of all the files it is read from; of a GGUF
+    file's, over its contents.
 
     Raises:
         ModelError: a file cannot be read.
@@ -81,8 +82,10 @@ def fingerprint(folder: Path, *, remembered: bool = True) -> str:
 def former_fingerprint(folder: Path) -> str:
     """What `fingerprint` was before it read every byte: names, sizes, and the first and last MiB of every file.
 
-    Finished runs that carry it are still found by it; nothing is computed under it any more.
+    Finished runs that carry it are still found by it; nothing is computed under it any more. GGUF files never had one.
     """
+    if folder.is_file():
+        return fingerprint(folder)
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in _FORMER_FILES):
         size = path.stat().st_size

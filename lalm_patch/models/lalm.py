@@ -22,7 +22,7 @@ from lalm_patch.models.checkpoint import Checkpoint, find_checkpoint
 from lalm_patch.models.family import Family
 from lalm_patch.models.files import opening, processor_files, weights_entry
 from lalm_patch.models.offload import Offloaded, computed_dtypes
-from lalm_patch.models.placement import dtype_of, placement
+from lalm_patch.models.placement import dtype_of, placement, refuse_files_to_unpack
 from lalm_patch.models.precision import HALF, compute_with, exactly, stored_parameters, sums_in_float32
 from lalm_patch.models.registry import FAMILIES
 from lalm_patch.models.tokens import TokenTable, assign_roles, token_spans
@@ -111,6 +111,7 @@ class LALM:
         told("finding its files")
         checkpoint = find_checkpoint(settings)
         weights, device = placement(settings)
+        refuse_files_to_unpack(settings, (part.folder for part in checkpoint.parts.values()))
         weights["attn_implementation"] = settings.attn_implementation
         family_class = _family(settings, checkpoint)
         told("reading every byte of its files: they are the ones meant")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,25 @@ def device_name(settings: ModelSettings) -> str:
     if settings.device != "auto":
         return settings.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def refuse_files_to_unpack(settings: ModelSettings, places: Iterable[Path]) -> None:
+    """GGUF weights are unpacked into one memory: they can neither stay on the disk nor be dealt to several devices.
+
+    Args:
+        settings: where the model computes.
+        places: folders of the checkpoint and its parts; a GGUF file in place of one.
+
+    Raises:
+        ConfigError: there is a GGUF file, and the settings ask for that.
+    """
+    asked = "model.offload=disk" if settings.offload == "disk" else f"model.device_map={settings.device_map}"
+    for place in places:
+        if place.is_file() and (settings.offload == "disk" or settings.device_map is not None):
+            raise ConfigError(
+                f"{asked}: the weights of {place} are unpacked into the memory of one device; leave it out, or give a "
+                "folder in place of the GGUF file"
+            )
 
 
 def placement(settings: ModelSettings) -> tuple[dict[str, Any], torch.device | None]:

@@ -135,12 +135,14 @@ def _look(plan: RunPlan) -> tuple[LALM, dict[str, LeftOut]]:
 
         from lalm_patch.models import LALM, check_family
         from lalm_patch.tracing import tracer  # noqa: F401
+        from lalm_patch.tracing.transcripts import Transcripts
 
     settings = plan.settings
     check_family(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     outline = LALM.outline(settings.model)  # the window is known without weights, which can take long to load
+    Transcripts(outline, settings)  # one that this model cannot have is refused before its weights are read
     out = left_out(plan, outline.family.max_seconds)
     return outline, out | unaskable(plan, outline, out)
 

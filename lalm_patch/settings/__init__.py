@@ -36,6 +36,7 @@ OWN_QUESTIONS = ("clip", "table", "sakura_multi", "mmau", "mmar")
 A_DAY = 86_400.0
 SEED = Whole(0, LARGEST_SEED)
 CHECKPOINT = Place("a hub id like owner/name, or a folder")
+DECODER = Place("a hub id like owner/name, a folder, or a GGUF file")
 LAYOUT = one_of("chat", "user", "flat", "fixed")
 DEVICE = Pattern(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", "auto, cpu, cuda or cuda:<number>")
 DEVICE_MAP = Pattern(
@@ -57,9 +58,9 @@ class ModelSettings:
         id: hub id, or a local folder in the same layout. `demo` is the model shipped with the package.
         revision: branch, tag or commit on the hub; for a folder the fingerprint that results carry (`local:...`), so
             that other files are refused.
-        decoder: hub id or folder of the language model, where the checkpoint is only a connector; null for the one the
-            checkpoint names.
-        encoder: likewise, of the audio encoder.
+        decoder: hub id, folder or GGUF file of the language model, where the checkpoint is only a connector; null for
+            the one the checkpoint names (from an installed package, if there is one with its weights).
+        encoder: hub id or folder of the audio encoder, likewise.
         transcript: what `transcript=null` means for this model; null for a model that is given none.
         dtype: float32, bfloat16 or float16.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1, ...
@@ -75,7 +76,7 @@ class ModelSettings:
     family: str = MISSING
     id: Annotated[str, CHECKPOINT] = MISSING
     revision: str | None = None
-    decoder: Annotated[str | None, CHECKPOINT] = None
+    decoder: Annotated[str | None, DECODER] = None
     encoder: Annotated[str | None, CHECKPOINT] = None
     transcript: str | None = None
     dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"

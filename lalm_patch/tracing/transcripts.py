@@ -15,7 +15,8 @@ from lalm_patch.settings import RunSettings
 
 CACHE = "transcripts"
 EXAMPLE = " This is what is said."
-OWN_WORDS = ("clean", "none", "upstream")
+WRITTEN = ("clean", "upstream")
+OWN_WORDS = (*WRITTEN, "none")
 
 
 class Transcripts:
@@ -30,7 +31,8 @@ class Transcripts:
         setting: clean, none, upstream, a text, or None for a model that reads no transcript.
 
     Raises:
-        ConfigError: a transcript for a model that reads none, or an empty text.
+        ConfigError: a transcript for a model that reads none, one to be written by a model that writes none, or an
+            empty text.
     """
 
     def __init__(self, lalm: LALM, settings: RunSettings) -> None:
@@ -43,6 +45,11 @@ class Transcripts:
             self.setting = "clean"
         if self.setting is not None and not self.setting.strip():
             raise ConfigError("transcript: expected clean, none, upstream or a text, got an empty one; use none")
+        if self.setting in WRITTEN and not lalm.family.transcribes(lalm.module):
+            raise ConfigError(
+                f"transcript={self.setting}: {settings.model.name} has an encoder alone and cannot write transcripts; "
+                "set transcript=none, or to the text itself"
+            )
         self._folder = Path(settings.outputs) / CACHE
 
     @property

@@ -6,7 +6,15 @@ Their own code runs on older versions of transformers only, so it is not used: n
 from __future__ import annotations
 
 from lalm_patch.models.native.audio_lm import NativeAudioLM
-from lalm_patch.models.native.desta_loading import DESTA2, DESTA25, load_desta, load_desta2, load_desta25, outline_desta
+from lalm_patch.models.native.desta_loading import (
+    DESTA2,
+    DESTA25,
+    is_encoder_alone,
+    load_desta,
+    load_desta2,
+    load_desta25,
+    outline_desta,
+)
 from lalm_patch.models.native.features import (
     qwen_audio_features,
     qwen_audio_frames,
@@ -32,6 +40,7 @@ __all__ = [
     "Piece",
     "desta2_prompt",
     "desta25_prompt",
+    "is_encoder_alone",
     "load_desta",
     "load_desta2",
     "load_desta25",

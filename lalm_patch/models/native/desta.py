@@ -86,7 +86,10 @@ class DestaForConditionalGeneration(NativeAudioLM):
             ModelError: none was attached.
         """
         if not self._transcriber:
-            raise ModelError("this model has no transcriber: load it with load_desta2 or load_desta25")
+            raise ModelError(
+                "this model has no transcriber: its Whisper is an encoder alone, or it was not opened with load_desta2 "
+                "or load_desta25; give the transcript as a text, or none"
+            )
         whisper, tokenizer = self._transcriber
         return whisper, tokenizer
 

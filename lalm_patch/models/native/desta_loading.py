@@ -17,10 +17,12 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lalm_patch.errors import ModelError
-from lalm_patch.models.checkpoint import PART_FIELDS, find_repository
+from lalm_patch.models.checkpoint import PART_FIELDS, find_part, find_repository
 from lalm_patch.models.files import opening, read_config
+from lalm_patch.models.gguf_llama import gguf_config, gguf_tokenizer, load_gguf
 from lalm_patch.models.native.desta import DESTA2_TAPS, DESTA25_TAPS, DestaConfig, DestaForConditionalGeneration
 from lalm_patch.models.native.prompts import DESTA2_PLACEHOLDER, DESTA25_PLACEHOLDER
 from lalm_patch.models.native.qformer import DestaConnector, connector_keys
@@ -67,11 +69,11 @@ def load_desta(
     Args:
         release: `DESTA2` or `DESTA25`.
         location: folder or hub id of the connector: config.json and its weights.
-        decoder: folder or hub id of Llama, instead of the one the config names.
-        encoder: folder or hub id of Whisper, instead of the one the config names.
+        decoder: folder, hub id or GGUF file of Llama, instead of the one the config names.
+        encoder: folder or hub id of Whisper, or of its encoder alone, instead of the one the config names.
         revision: of `location` on the hub.
-        dtype: of the decoder; `auto` is the checkpoint's own.
-        device_map: of the decoder; encoder and connector go where the token embeddings are.
+        dtype: of the decoder; `auto` is the checkpoint's own, for a GGUF file float32.
+        device_map: of the decoder, not for a GGUF file; encoder and connector go where the token embeddings are.
         attn_implementation: of the decoder.
         encoder_dtype: of encoder and connector; the originals run both in float32 beside a bfloat16 decoder.
 
@@ -86,22 +88,35 @@ def load_desta(
     # The connector is compared before gigabytes are read.
     _load_connector(model.multi_modal_projector, folders.connector / release.file, release.prefix, encoder_dtype)
     weights = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-    llama = load_pretrained(AutoModelForCausalLM, folders.decoder, setting="model.decoder", **weights)
+    if folders.decoder.is_file():
+        llama = load_gguf(folders.decoder, dtype=dtype, attn_implementation=attn_implementation)
+    else:
+        llama = load_pretrained(AutoModelForCausalLM, folders.decoder, setting="model.decoder", **weights)
+    alone = is_encoder_alone(model.config.audio_config)
     whisper = load_pretrained(
-        WhisperForConditionalGeneration, folders.encoder, setting="model.encoder", dtype=encoder_dtype
+        WhisperEncoder if alone else WhisperForConditionalGeneration,
+        folders.encoder,
+        setting="model.encoder",
+        dtype=encoder_dtype,
     )
     device = llama.get_input_embeddings().weight.device
     model.config.text_config = llama.config
     model.language_model = llama.get_decoder()
     model.lm_head = llama.get_output_embeddings()
-    model.audio_tower = whisper.model.encoder
+    model.audio_tower = whisper if alone else whisper.model.encoder
     if device.type != "meta":  # offloaded embeddings have no device of their own
         model.audio_tower.to(device)
         model.multi_modal_projector.to(device)
-    with opening(f"model.encoder={folders.encoder}: its tokenizer"):
-        words = WhisperTokenizerFast.from_pretrained(folders.encoder, local_files_only=True)
-    model.attach_transcriber(whisper.eval().requires_grad_(False), words)
+    if not alone:
+        with opening(f"model.encoder={folders.encoder}: its tokenizer"):
+            words = WhisperTokenizerFast.from_pretrained(folders.encoder, local_files_only=True)
+        model.attach_transcriber(whisper.eval().requires_grad_(False), words)
     return model.eval(), tokenizer, extractor
+
+
+def is_encoder_alone(audio_config: Any) -> bool:
+    """Whether a Whisper repository is what `WhisperEncoder.save_pretrained` writes: it can hear, and writes nothing."""
+    return WhisperEncoder.__name__ in (audio_config.architectures or ())
 
 
 def outline_desta(
@@ -138,8 +153,8 @@ def _folders(
     found = [connector]
     for part, given in (("decoder", decoder), ("encoder", encoder)):
         known = [name for name in PART_FIELDS[part] if name in config] or [PART_FIELDS[part][-1]]
-        where = given or field(config, known[0], connector)
-        found.append(find_repository(str(where), setting=f"model.{part}", weights=weights).folder)
+        named = "" if given else str(field(config, known[0], connector))
+        found.append(find_part(part, named, str(given) if given else None, weights=weights).folder)
     return _Folders(*found)
 
 
@@ -152,14 +167,17 @@ def _outline(release: DestaRelease, folders: _Folders) -> Opened:
             f"use_lora={published.get('use_lora', False)}; only the released DeSTA architectures are supported"
         )
     with opening(f"model.decoder={folders.decoder}: its configuration and tokenizer"):
-        text_config = AutoConfig.from_pretrained(folders.decoder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folders.decoder, local_files_only=True)
+        if folders.decoder.is_file():
+            text_config, tokenizer = gguf_config(folders.decoder), gguf_tokenizer(folders.decoder)
+        else:
+            text_config = AutoConfig.from_pretrained(folders.decoder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folders.decoder, local_files_only=True)
     tokenizer.clean_up_tokenization_spaces = False  # decoding must give the text that was tokenised
     with opening(f"model.encoder={folders.encoder}: its configuration and feature extractor"):
         audio_config = AutoConfig.from_pretrained(folders.encoder, local_files_only=True)
         extractor = WhisperFeatureExtractor.from_pretrained(folders.encoder, local_files_only=True)
     taps = _taps(release.taps, audio_config, folders.encoder)
-    configs = ", ".join(str(folder / "config.json") for folder in folders)
+    configs = ", ".join(str(place if place.is_file() else place / "config.json") for place in folders)
     with opening(configs), torch.device("meta"):
         config = DestaConfig(
             text_config=text_config,

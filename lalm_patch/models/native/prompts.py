@@ -271,7 +271,7 @@ def _question(question: Question) -> tuple[Piece, ...]:
 
 
 def _stripped(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """Without blanks at the outer ends, which Llama's chat templates take off."""
+    """Without blanks at the outer ends, which Llama's chat templates take off; SmolLM2's leaves them."""
     kept = [piece for piece in pieces if piece.text]
     if kept:
         kept[0] = Piece(kept[0].text.lstrip(), kept[0].kind)
@@ -289,8 +289,8 @@ def _rendered(tokenizer: Any, turns: Sequence[tuple[str, Iterable[Piece]]]) -> l
         around, found, rendered = rendered.partition(mark)
         if not found or mark in rendered:
             raise ModelError(
-                "the tokenizer's chat template does not print every turn once: expected a Llama 3 template, which "
-                "takes any role"
+                f"the tokenizer's chat template does not print the turns {', '.join(role for role, _ in turns)} once "
+                "each; give a decoder with a template that does (as Llama 3's and SmolLM2's do)"
             )
         pieces += [Piece(around, "template"), *content]
     return [*pieces, Piece(rendered, "template")]
