@@ -28,11 +28,12 @@ PER_CLASS = {"animal": 5, "emotion": 8, "gender": 20, "language": 5}
 
 @dataclass(frozen=True)
 class Clip:
-    """A waveform, float32 [samples] at 16 kHz, and what is true of it, by attribute."""
+    """A waveform, float32 [samples] at 16 kHz, what is true of it, by attribute, and what is said, where known."""
 
     waveform: np.ndarray
     labels: dict[str, str]
     voice: str
+    text: str = ""
 
 
 def sentences(language: str, part: str) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def speech_clip(part: str, rng: np.random.Generator, **fixed: str) -> Clip:
         waveform = other_throat(waveform, rng.uniform(0.94, 1.06))
     if part == "train" and rng.random() < 0.5:
         waveform = add_noise(waveform, rng.uniform(15, 40), rng)
-    return Clip(waveform, {"language": language, "gender": gender, "emotion": emotion}, variant)
+    return Clip(waveform, {"language": language, "gender": gender, "emotion": emotion}, variant, text)
 
 
 def animal_clip(part: str, rng: np.random.Generator, animal: str | None = None) -> Clip:

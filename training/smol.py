@@ -76,7 +76,7 @@ def fresh_encoder(seed: int) -> WhisperEncoder:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        decoder_start_token_id=None,
+        decoder_start_token_id=0,
     )
     encoder = WhisperEncoder(config)
     demo = Qwen2AudioForConditionalGeneration.from_pretrained(BUNDLED["demo"], dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -63,7 +64,8 @@ EMOTIONS = {
 }
 
 _RATE, _PITCH, _RANGE, _WORDGAP = 1, 3, 4, 7  # espeak_PARAMETER
-_RETRIEVAL, _CHARS_UTF8 = 1, 1
+_RETRIEVAL, _CHARS_UTF8, _IPA = 1, 1, 2
+_NOT_PHONES = re.compile(r"[\u02c8\u02cc\u02d0\u02d1\u2021\u2020'.,|0-9\u02e5-\u02e9-]|\([a-z-]+\)")  # stress, length, tones, voices
 
 
 class Synthesiser:
@@ -102,6 +104,20 @@ class Synthesiser:
         self._library.espeak_Synchronize()
         samples = np.concatenate(self._chunks).astype(np.float32) / 32768
         return np.asarray(soxr.resample(samples, self._rate, SAMPLING_RATE), np.float32)
+
+    def phones(self, text: str, voice: str) -> list[str]:
+        """What a voice pronounces, as IPA symbols without stress and length."""
+        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        translate = self._library.espeak_TextToPhonemes
+        translate.restype = ctypes.c_char_p
+        data = ctypes.create_string_buffer(text.encode())  # kept: the library reads it clause by clause
+        rest = ctypes.c_void_p(ctypes.addressof(data))
+        found: list[str] = []
+        while rest.value:
+            clause = translate(ctypes.byref(rest), _CHARS_UTF8, _IPA | ord("_") << 8) or b""
+            found += [symbol for symbol in re.split(r"[_\s]+", _NOT_PHONES.sub("", clause.decode())) if symbol]
+        return found
 
 
 @cache
