@@ -18,6 +18,7 @@ from damaged_checkpoints import POINTER
 from gguf_files import metadata_of, rope_factors, tensors_of, write_gguf
 from native_checkpoints import DestaFiles
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError, ModelError
@@ -145,6 +146,9 @@ def test_quantised_weights_are_unpacked(desta25_files: DestaFiles, tmp_path: Pat
     errors = {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in exact.items()}
     assert max(errors.values()) < 1 / 127  # half a step of 8 bits in each block
     assert errors["model.layers.0.self_attn.k_proj.weight"] > 0
+    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=load_gguf(path))["tensors"]
+    assert read.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in read.items())  # as transformers reads it
     assert load_gguf(path, dtype=torch.bfloat16).model.norm.weight.dtype is torch.bfloat16
 
 
@@ -201,6 +205,8 @@ def test_places(desta25_files: DestaFiles, file: Path, monkeypatch: pytest.Monke
             ConfigError, match=rf"{said}: the weights of .*llama\.gguf are unpacked .* leave it out, or"
         ):
             LALM.load(settings(desta25_files, file, **given))
+    eager = LALM.load(settings(desta25_files, file, attn_implementation="eager"))
+    assert eager.decoder_module.config._attn_implementation == "eager"
     model, ids = load_gguf(file), torch.arange(9)[None]
     with torch.no_grad():
         expected = model(ids).logits
@@ -223,6 +229,12 @@ def test_every_byte_is_its_identity(desta25_files: DestaFiles, file: Path, tmp_p
     assert len(seen) == 4
     assert len({revision.split("+")[1] for revision in seen}) == 4
     assert len({revision.split("+")[0] for revision in seen}) == 1
+    checkpoint = find_checkpoint(settings(desta25_files, file))
+    assert checkpoint.former_revision.split("+")[1] == checkpoint.parts["decoder"].commit  # it never had another one
+    pinned = settings(desta25_files, file, revision=checkpoint.revision)
+    assert find_checkpoint(pinned).revision == checkpoint.revision
+    with pytest.raises(ModelError, match=r"model\.revision=local:.* so not those that were asked for"):
+        find_checkpoint(settings(desta25_files, copy, revision=checkpoint.revision))
 
 
 def test_a_file_that_changes_is_not_opened(desta25_files: DestaFiles, file: Path, tmp_path: Path) -> None:

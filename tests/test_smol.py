@@ -19,7 +19,7 @@ from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError, ModelError
 from lalm_patch.interventions.grids import edge_grid, layer_grid, token_grid
 from lalm_patch.models import LALM, Encoding, packaged
-from lalm_patch.models.checkpoint import find_checkpoint, find_part
+from lalm_patch.models.checkpoint import BUNDLED, find_checkpoint, find_part, find_repository
 from lalm_patch.models.gguf_llama import load_gguf
 from lalm_patch.models.native import desta_loading
 from lalm_patch.models.packaged import packaged_weights
@@ -117,6 +117,15 @@ def test_a_hub_id_that_is_given_is_not_replaced(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelError, match="cannot be reached"):
         find_part("decoder", DECODER, DECODER)
     assert asked == [DECODER]
+
+
+@pytest.mark.parametrize("name", ["smol", "smol_whisper"])
+def test_a_part_that_did_not_come_with_the_package(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(BUNDLED, name, tmp_path / "nowhere")
+    with pytest.raises(
+        ModelError, match=rf"={name}: comes with lalm_patch and is missing from .*; reinstall lalm_patch"
+    ):
+        find_repository(name, setting="model.encoder" if name == "smol_whisper" else "model.id")
 
 
 # --- the prompt ------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
     for part, fields in PART_FIELDS.items():
         own = next((named[name] for name in fields if name in named), None)
         if own is not None:
-            parts[part] = find_part(part, own, getattr(settings, part), weights=weights)
+            parts[part] = find_part(part, str(own), getattr(settings, part) or None, weights=weights)
         elif getattr(settings, part):
             raise ModelError(
                 f"model.{part}={getattr(settings, part)}: {settings.id} is one whole checkpoint, leave model.{part} out"
