@@ -143,7 +143,7 @@ def find_checkpoint(settings: ModelSettings, *, weights: bool = True) -> Checkpo
     for part, fields in PART_FIELDS.items():
         own = next((named[name] for name in fields if name in named), None)
         if own is not None:
-            parts[part] = find_part(part, own, getattr(settings, part), weights=weights)
+            parts[part] = find_part(part, str(own), getattr(settings, part) or None, weights=weights)
         elif getattr(settings, part):
             raise ModelError(
                 f"model.{part}={getattr(settings, part)}: {settings.id} is one whole checkpoint, leave model.{part} out"
@@ -218,6 +218,10 @@ def find_repository(
         raise ModelError(f"{setting}={identifier}: a file, expected a checkpoint's folder; give the folder it is in")
     if folder.is_symlink():
         raise ModelError(f"{setting}={identifier}: a symbolic link to {folder.readlink()}, where there is no folder")
+    if identifier.endswith(".gguf"):
+        raise ModelError(
+            f"{setting}={identifier}: no such file; give an existing file or folder, or a hub id like owner/name"
+        )
     if identifier.startswith((".", "~", os.sep)):
         raise ModelError(f"{setting}={identifier}: no such folder; give an existing folder or a hub id like owner/name")
     return _from_hub(identifier, revision, setting, weights)

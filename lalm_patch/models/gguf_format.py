@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lalm_patch.errors import ModelError
 
 MAGIC = b"GGUF"
@@ -59,7 +61,7 @@ class GGUFFile:
 
     Attributes:
         path: the file.
-        metadata: numbers, texts and lists of them, by key.
+        metadata: by key: numbers, texts, arrays of numbers, lists of texts.
         tensors: by name, in the order of the file.
     """
 
@@ -161,9 +163,25 @@ class _Cursor:
         inner = self.number("I")
         if inner in _FIXED:
             count = self.count(struct.calcsize(_FIXED[inner]), "values of a list")
-            form = f"<{count}{_FIXED[inner]}"
-            return list(struct.unpack_from(form, self._data, self._step(struct.calcsize(form))))
-        return [self._one(inner) for _ in range(self.count(8, "values of a list"))]
+            kind_of_all = np.dtype(f"<{_FIXED[inner]}")
+            return np.frombuffer(self._data, kind_of_all, count, self._step(count * kind_of_all.itemsize)).copy()
+        if inner != _STRING:
+            raise ValueError(f"a list of values of type {inner} at byte {self.place_now}")
+        return self._texts(self.count(8, "values of a list"))
+
+    def _texts(self, count: int) -> list[str]:
+        """As `text`, so many times: vocabularies have a hundred thousand, and are read several times in a run."""
+        data, place, end, length = self._data, self.place_now, len(self._data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            (size,) = length(data, place)  # raises where the file ends
+            place += 8
+            if size > end - place:
+                raise ValueError(f"{size} bytes are expected at byte {place}, and it has {end}")
+            found.append(data[place : place + size].decode("utf-8"))
+            place += size
+        self.place_now = place
+        return found
 
     def _one(self, kind: int) -> Any:
         if kind == _STRING:

@@ -5,15 +5,16 @@ Quantised weights are unpacked: what is computed with are the numbers that the b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from lalm_patch.errors import ModelError
 from lalm_patch.models.files import opening, reading
@@ -39,11 +40,11 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
-_AS_GPT2 = ("gpt-2", "mpt", "olmo")
+_BYTES, _PIECES = "gpt2", "llama"  # tokenizer.ggml.model: pairs of bytes; SentencePiece
+_CONTROL, _ADDED = 3, 4  # tokenizer.ggml.token_type
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _WHOLE_WORDS_FIRST = ("llama3", "llama-v3", "llama-bpe")
-"""Ways to split text, by `tokenizer.ggml.pre`, that transformers does not know or knows a part of: a token for each
-digit, then as GPT-2; as GPT-2; as Llama 3, where a word that is in the vocabulary is not merged from its parts."""
+"""Vocabularies that have words which merging their parts does not give."""
 
 
 def gguf_config(path: Path) -> LlamaConfig:
@@ -57,7 +58,7 @@ def gguf_config(path: Path) -> LlamaConfig:
 
 
 def gguf_tokenizer(path: Path) -> Any:
-    """The model's tokenizer with its chat template, from the file's metadata.
+    """The model's tokenizer with its chat template, from the file's metadata and nothing beside it.
 
     Raises:
         ModelError: the file is damaged, or has no chat template or a way to split text that is not known.
@@ -67,31 +68,69 @@ def gguf_tokenizer(path: Path) -> Any:
     if not isinstance(metadata.get("tokenizer.chat_template"), str):
         raise ModelError(f"{path}: has no chat template (tokenizer.chat_template); give a chat model's file or folder")
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    by_bytes = kind == "gpt2"
-    known = (*_DIGIT_BY_DIGIT, *_AS_GPT2, *_WHOLE_WORDS_FIRST, *GGUF_PRE_TOKENIZER_SPLITS)
-    if by_bytes and split not in known:
+    if kind not in (_BYTES, _PIECES) or (kind == _BYTES and split not in _splits()):
         raise ModelError(
-            f"{where} splits text in a way that is not known here (tokenizer.ggml.pre is {split!r}); give the "
-            "checkpoint's folder instead, whose tokenizer.json says how"
+            f"{where} splits text in a way that is not known here (tokenizer.ggml.model is {kind!r}, and "
+            f"tokenizer.ggml.pre {split!r}); give the checkpoint's folder instead, whose tokenizer.json says how"
         )
     with opening(where):
-        # Not `from_pretrained`, which would also read whatever lies beside the file.
-        tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name)
-        backend = tokenizer.backend_tokenizer
-        if by_bytes and split in (*_DIGIT_BY_DIGIT, *_AS_GPT2):
-            digits = [pre_tokenizers.Digits(individual_digits=True)] if split in _DIGIT_BY_DIGIT else []
-            bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytewise])
-        if split in _WHOLE_WORDS_FIRST:
-            model = backend.model
-            model.ignore_merges = True
-            backend.model = model
+        if kind == _BYTES:
+            tokenizer = _byte_level(metadata, _splits()[split], split in _WHOLE_WORDS_FIRST)
+        else:  # not by `from_pretrained`, which would also read whatever lies beside the file
+            tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name)
         # llama.cpp's rule for files that do not say; versions of transformers differ.
-        begins = metadata.get("tokenizer.ggml.add_bos_token", not by_bytes or split in _WHOLE_WORDS_FIRST)
+        begins = metadata.get("tokenizer.ggml.add_bos_token", kind == _PIECES or split in _WHOLE_WORDS_FIRST)
         before = f"{tokenizer.bos_token} " if begins and tokenizer.bos_token else ""
         named = [(tokenizer.bos_token, tokenizer.bos_token_id)] if before else []
-        backend.post_processor = processors.TemplateProcessing(single=f"{before}$A", special_tokens=named)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{before}$A", special_tokens=named)
     return tokenizer
+
+
+@cache
+def _splits() -> dict[Any, pre_tokenizers.PreTokenizer]:
+    """How text is split before pairs are merged, by `tokenizer.ggml.pre`.
+
+    transformers knows most by a pattern. The others it would split as GPT-2, which is wrong where each digit is by
+    itself (SmolLM2).
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digit_by_digit = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2])
+    patterns = {name: pre_tokenizers.Split(Regex(text), "isolated") for name, text in GGUF_PRE_TOKENIZER_SPLITS.items()}
+    return {
+        **{name: pre_tokenizers.Sequence([pattern, bytewise]) for name, pattern in patterns.items()},
+        **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), digit_by_digit),
+        **dict.fromkeys(("gpt-2", "mpt", "olmo"), as_gpt2),
+    }
+
+
+def _byte_level(metadata: Mapping[str, Any], split: pre_tokenizers.PreTokenizer, whole_words_first: bool) -> Any:
+    """Byte-level pairs, as in GPT-2 and since.
+
+    transformers' own reading goes through GPT-2's class, which brings that model's token into every vocabulary.
+    """
+    words = metadata["tokenizer.ggml.tokens"]
+    pairs = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {word: id for id, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words_first))
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    backend.add_tokens(
+        [
+            AddedToken(word, normalized=False, special=kind == _CONTROL)
+            for word, kind in zip(words, kinds, strict=False)
+            if kind in (_CONTROL, _ADDED)
+        ]
+    )
+    named = {f"{name}_token": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata["tokenizer.chat_template"],
+        **{name: words[id] for name, id in named.items() if id is not None},
+    )
 
 
 def load_gguf(
@@ -109,16 +148,17 @@ def load_gguf(
     """
     file = read_gguf(path)
     config, names = _checked(file)
+    unpack = _unpacker(path)
     wanted = torch.float32 if isinstance(dtype, str) else dtype
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     with reading(path):
         numbers = np.memmap(path, np.uint8, "r")
         weights = {}
         for name, known in names.items():
-            found = _unpacked(numbers, file.tensors[name], path)
+            found = _unpacked(unpack, numbers, file.tensors[name])
             part = name.split(".")[-2]
             weights[known] = (_in_halves(found, heads[part]) if part in heads else found).to(wanted)
-        factors = _unpacked(numbers, file.tensors[ROPE_FACTORS], path) if ROPE_FACTORS in file.tensors else None
+        factors = _unpacked(unpack, numbers, file.tensors[ROPE_FACTORS]) if ROPE_FACTORS in file.tensors else None
     given = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with opening(str(path)):
         model, report = LlamaForCausalLM.from_pretrained(
@@ -211,8 +251,14 @@ def _positive(file: GGUFFile, name: str, default: float | None = None) -> float:
     return found
 
 
-def _unpacked(numbers: np.ndarray, tensor: StoredTensor, path: Path) -> Tensor:
+def _unpacked(unpack: Callable[[np.ndarray, int], np.ndarray], numbers: np.ndarray, tensor: StoredTensor) -> Tensor:
     """The tensor in float32, in memory of its own."""
+    stored = numbers[tensor.offset : tensor.offset + tensor.bytes].reshape(*tensor.shape[:-1], tensor.row_bytes)
+    return torch.from_numpy(np.array(unpack(stored, tensor.type), np.float32))
+
+
+def _unpacker(path: Path) -> Callable[[np.ndarray, int], np.ndarray]:
+    """What makes numbers of bytes [..., bytes of a row] that are stored as one of ggml's types."""
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -220,9 +266,7 @@ def _unpacked(numbers: np.ndarray, tensor: StoredTensor, path: Path) -> Tensor:
         raise ModelError(
             f"{path}: a GGUF file, which the package gguf unpacks, and it is missing: pip install 'lalm_patch[gguf]'"
         ) from None
-    stored = numbers[tensor.offset : tensor.offset + tensor.bytes].reshape(*tensor.shape[:-1], tensor.row_bytes)
-    values = dequantize(stored, GGMLQuantizationType(tensor.type))
-    return torch.from_numpy(np.array(values, np.float32))
+    return lambda stored, kind: dequantize(stored, GGMLQuantizationType(kind))
 
 
 def _in_halves(weight: Tensor, heads: int) -> Tensor:
