@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -27,15 +27,38 @@ class Grid:
         dims: names of the dimensions, outermost first.
         coords: labels along each dimension.
         cells: the interventions in row-major order of `dims`.
+        arrays: vectors and bases that the cells' sources name, see `Source`.
     """
 
     dims: tuple[str, ...]
     coords: dict[str, np.ndarray]
     cells: tuple[Intervention, ...]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.cells) != prod(self.shape):
             raise ValueError(f"a grid of shape {self.shape} needs {prod(self.shape)} cells, got {len(self.cells)}")
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        sources = {patch.source for cell in self.cells for patch in cell.patches if not patch.plain}
+        if missing := {key for source in sources for key in source.arrays} - set(self.arrays):
+            known = ", ".join(self.arrays) or "none"
+            raise ValueError(f"cells name the arrays {', '.join(sorted(missing))}, and the grid has {known}")
+        for key, array in self.arrays.items():
+            if array.ndim not in (1, 2) or not np.isfinite(array).all():
+                raise ValueError(f"array {key}: expected one or two dimensions and finite numbers, got {array.shape}")
+        for key in {source.basis for source in sources if source.basis is not None}:
+            rows = np.asarray(self.arrays[key], np.float64)
+            if rows.ndim != 2 or not np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-4):
+                raise ValueError(
+                    f"basis {key}: expected orthonormal rows [k, width], got {rows.shape}; numpy.linalg.qr makes them"
+                )
+
+    def chosen(self, indices: Iterable[int]) -> Grid:
+        """Some of the cells, by their indices, along one dimension `cell`."""
+        chosen = [int(index) for index in indices]
+        return Grid(("cell",), {"cell": np.array(chosen)}, tuple(self.cells[index] for index in chosen), self.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,7 +168,7 @@ def at_place(grid: Grid, place: Place) -> Grid:
     cells = tuple(
         Intervention(
             (
-                Patch(layer, patch.positions, place.site, head)
+                Patch(layer, patch.positions, place.site, head, patch.source)
                 for patch in cell.patches
                 for layer in place.layers_from(patch.layer)
             ),
@@ -155,11 +178,11 @@ def at_place(grid: Grid, place: Place) -> Grid:
         for head in heads
     )
     if place.site is not Site.HEAD:
-        return Grid(grid.dims, grid.coords, cells)
+        return Grid(grid.dims, grid.coords, cells, grid.arrays)
     # Single heads are asked about one edge: it needs no dimension.
     dims = tuple(dim for dim in grid.dims if dim != "edge")
     coords = {dim: grid.coords[dim] for dim in dims} | {"head": np.arange(place.num_heads)}
-    return Grid((*dims, "head"), coords, cells)
+    return Grid((*dims, "head"), coords, cells, grid.arrays)
 
 
 GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {

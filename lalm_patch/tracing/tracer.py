@@ -339,7 +339,7 @@ class Tracer:
         worst = 0.0
         found = False
         for probability, cell in zip(swept.probabilities[:, answer], grid.cells, strict=True):
-            if [patch.layer for patch in cell.patches] == [last_layer]:
+            if [patch.layer for patch in cell.patches if patch.plain] == [last_layer] and len(cell.patches) == 1:
                 expected = source if last in cell.patches[0].positions else target
                 worst, found = max(worst, abs(float(probability - expected))), True
         return worst if found else None
