@@ -226,7 +226,7 @@ def test_replay_equals_direct_with_any_sources(any_family: LALM, prompt: Prompt)
 
 
 def layer_calls(lalm: LALM, engine: ReplayEngine, pair: tuple[Encoding, Encoding], grid: Grid) -> int:
-    """How often a whole run goes through the decoder's second layer in a sweep: below it there is nothing to go back to."""
+    """How often a whole run goes through the decoder's second layer in a sweep; what enters it is remembered."""
     seen: list[int] = []
     handle = lalm.decoder_module.layers[1].register_forward_hook(
         lambda _m, _i, output: seen.append(first_of(output).shape[1])
@@ -246,8 +246,8 @@ def test_only_states_of_later_layers_cost_another_pass_of_a_base_run(lalm: LALM,
         ("plain", 1, SAME_PLACE),
         ("same layer", 1, Source(positions=text[::-1])),
         ("earlier layer", 2, Source(layer=0)),
-        ("later layer", 0, Source(layer=2)),
-        ("later layer of its own run", 0, Source(Origin.OWN, 2)),
+        ("later layer", 0, Source(layer=1)),
+        ("later layer of its own run", 0, Source(Origin.OWN, 1)),
     ):
         grid = grid_of(Intervention([Patch(layer, text, source=source)]))
         calls[name] = layer_calls(lalm, ReplayEngine(lalm, memory_budget=SMALL), pair, grid)
@@ -317,14 +317,14 @@ def test_sources_are_data() -> None:
 def test_arrays_are_checked_where_they_travel(lalm: LALM, prompt: Prompt) -> None:
     vector, basis = Source(Origin.VECTOR, vector="mean"), Source(basis="axes")
     cells = [Intervention([Patch(0, (1,), source=source)]) for source in (vector, basis)]
-    with pytest.raises(ValueError, match="name the arrays mean, and the grid has none"):
-        grid_of(cells[0])
     with pytest.raises(ValueError, match="orthonormal rows"):
         grid_of(cells[1], axes=np.ones((2, 8)))
     with pytest.raises(ValueError, match="finite"):
         grid_of(cells[0], mean=np.array([np.nan]))
     clean, corrupted = encodings(lalm, prompt)
     for engine in (DirectEngine(lalm), ReplayEngine(lalm)):
+        with pytest.raises(ValueError, match="a cell names the array 'mean', and the grid has none"):
+            engine.sweep(clean, corrupted, grid_of(cells[0]), (1, 2))
         with pytest.raises(ValueError, match=r"array mean: expected \[64\] or \[1, 64\]"):
             engine.sweep(clean, corrupted, grid_of(cells[0], mean=np.ones(7)), (1, 2))
         with pytest.raises(ValueError, match="basis axes: expected rows of width 64"):

@@ -11,7 +11,7 @@ from lalm_patch.engine.base_runs import BaseRun
 from lalm_patch.engine.interface import Sweep
 from lalm_patch.engine.packs import Pack
 from lalm_patch.engine.readout import Readout
-from lalm_patch.engine.sources import TakenStates
+from lalm_patch.engine.sources import RUNS, TakenStates, sites_inside
 from lalm_patch.interventions.patches import Intervention, Origin
 
 
@@ -124,6 +124,19 @@ def plan_passes(
         passes[-1].setdefault(number, []).append(index)
         held += size
     return passes
+
+
+def layers_again(cells: Sequence[Intervention], passes: Sequence[Sequence[int]]) -> int:
+    """Layers that base runs which are not kept go through once more, because cells take states of later layers.
+
+    Args:
+        cells: of one clip.
+        passes: indices of the cells of each pass, the lowest first.
+    """
+    taken = TakenStates(cells, {origin: frozenset(sites_inside(cells, origin)) for origin in RUNS})
+    lowest = [min(cells[index].entry_layer for index in indices) for indices in passes]
+    found = taken.beforehand(zip(lowest, passes, strict=True))
+    return sum(max(0, max(layers) - lowest[0]) for layers in found.values() if layers)
 
 
 def collect_beforehand(clips: Sequence[ClipSweep], plan: Sequence[Sequence[PassPart]], lowest: Sequence[int]) -> None:

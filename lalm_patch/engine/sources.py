@@ -66,7 +66,13 @@ def given(patch: Patch, like: Tensor, columns: slice, arrays: Mapping[str, np.nd
 
 
 def array_like(arrays: Mapping[str, np.ndarray], key: str, like: Tensor) -> Tensor:
-    """One of a grid's arrays, on a tensor's device and of its type."""
+    """One of a grid's arrays, on a tensor's device and of its type.
+
+    Raises:
+        ValueError: the grid does not have it.
+    """
+    if key not in arrays:
+        raise ValueError(f"a cell names the array {key!r}, and the grid has {', '.join(arrays) or 'none'}")
     return torch.as_tensor(np.asarray(arrays[key], np.float32)).to(like)
 
 

@@ -192,6 +192,12 @@ class Patch:
         return self.source is SAME_PLACE or self.source == SAME_PLACE
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether it puts a state of the run into which it is put back where that is: of an unpatched run."""
+        mine = RunPlace(Origin.OWN, self.layer, self.site)
+        return self.taken_from == mine and self.taken_positions == self.positions and not self.source.added
+
+    @property
     def taken_from(self) -> RunPlace | None:
         """Where the states it puts in are; None where they are no run's."""
         source = self.source
