@@ -99,7 +99,8 @@ def sites_inside(cells: Iterable[Intervention], origin: Origin) -> set[Site]:
             place = patch.taken_from
             if place is None or place.origin is not origin or place.site not in INSIDE:
                 continue
-            if place.site is not Site.RESID or place.layer == put_in_layer(cell, patch) == patch.layer:
+            within = patch.site is Site.RESID and place.layer == patch.layer == put_in_layer(cell, patch)
+            if place.site is not Site.RESID or within:
                 found.add(place.site)
     return found
 
