@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,18 +293,18 @@ def test_what_the_runs_say_of_the_demo(outcomes: dict[str, lalm_patch.RunOutcome
 def test_the_dry_run_says_what_sources_cost() -> None:
     page = dry_run(lalm_patch.compose("granularity=back", "direction=noising", "attr=gender", "dry_run=true"))
     assert "grid     back: 8 x 8 = 64 cells per clip" in page
-    assert "sources  states of later layers: the base runs are kept for them" in page
+    assert re.search(r"sources  states of \d+ positions and layers, taken on the way, or from runs that are kept", page)
     tight = dry_run(
         lalm_patch.compose("granularity=back", "attr=gender", "dry_run=true", "engine.memory_budget=0.000001")
     )
-    assert "sources  states of later layers: 8 layers of base runs are computed once more" in tight
+    assert "taken on the way; 8 layers of base runs are computed once more" in tight
     direct = dry_run(lalm_patch.compose("granularity=back", "attr=gender", "dry_run=true", "engine=direct"))
     assert "67 forward passes per clip" in direct
-    assert "goes through the model once more" in direct
+    assert "sources  states of 8 places of the two runs, in one more pass of each run they are in" in direct
     zero = ("granularity=ablate", "granularity.replacement=zero", "direction=noising", "engine=direct")
     page = dry_run(lalm_patch.compose(*zero, "granularity.layers=[0]", "attr=gender", "dry_run=true"))
     assert "8 forward passes per clip" in page  # two runs, six segments; nothing is taken from either
-    assert "sources" not in page
+    assert "\nsources" not in page
     for name, text in (("ablate", "for their mean states"), ("steer", "for class means")):
         asked = (f"granularity={name}", *(["direction=noising"] if name == "ablate" else []))
         assert text in dry_run(lalm_patch.compose(*asked, "attr=gender", "dry_run=true"))

@@ -126,17 +126,22 @@ def plan_passes(
     return passes
 
 
-def layers_again(cells: Sequence[Intervention], passes: Sequence[Sequence[int]]) -> int:
-    """Layers that base runs which are not kept go through once more, because cells take states of later layers.
+def sources_cost(cells: Sequence[Intervention], passes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """What it takes to put in something else than the same place's states.
 
     Args:
         cells: of one clip.
         passes: indices of the cells of each pass, the lowest first.
+
+    Returns:
+        Layers that base runs, where they are not kept, go through once more for states of later layers; and the
+        positions whose states are kept, summed over layers.
     """
     taken = TakenStates(cells, {origin: frozenset(sites_inside(cells, origin)) for origin in RUNS})
     lowest = [min(cells[index].entry_layer for index in indices) for indices in passes]
     found = taken.beforehand(zip(lowest, passes, strict=True))
-    return sum(max(0, max(layers) - lowest[0]) for layers in found.values() if layers)
+    again = sum(max(0, max(layers) - lowest[0]) for layers in found.values() if layers)
+    return again, sum(map(len, taken.wanted.values()))
 
 
 def collect_beforehand(clips: Sequence[ClipSweep], plan: Sequence[Sequence[PassPart]], lowest: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from lalm_patch.engine.memory import (
     states_within,
     tokens_within,
 )
-from lalm_patch.engine.passes import layers_again, plan_passes
+from lalm_patch.engine.passes import plan_passes, sources_cost
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.engine.sources import run_places
 from lalm_patch.errors import DataError
@@ -59,7 +59,9 @@ class Cost:
         passes: forward passes, the clean and the corrupted run among them; by replay, passes up the layers: one for
             these two runs, and those of the cells.
         backward: backward passes, of an approximation.
-        again: layers that base runs go through once more, by replay, for states that come from later layers.
+        again: layers that base runs go through once more, by replay, for states that come from later layers; none where
+            they are kept.
+        taken: by replay, positions of states that are kept for other places than their own, summed over layers.
         positions: positions that go through decoder layers, summed over layers and passes.
         seconds: at the speed of matrix products on this device.
         weights: bytes of the model's parameters.
@@ -73,6 +75,7 @@ class Cost:
     working: int
     backward: int = 0
     again: int = 0
+    taken: int = 0
 
 
 def describe_run(
@@ -168,7 +171,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     embedding = _parameters(lalm.module.get_input_embeddings())
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
-    cells, backward, again = grid.cells, 0, 0
+    cells, backward, again, taken = grid.cells, 0, 0, 0
     if settings.engine.name in APPROXIMATE:
         cells = cells[:: max(1, len(cells) // settings.engine.licence_cells)][: settings.engine.licence_cells]
         points = settings.engine.steps if settings.engine.name == "integrated_gradients" else 1
@@ -186,11 +189,13 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         pack = min(most, tokens_within(budget, lalm, length), total)
         going_up = min(total, states_within(budget, lalm))
         kept = [base_run_bytes(lalm, length, first, sites, keys) for sites, keys in ((0, True), (1, False))]
+        again, taken = sources_cost(cells, plan)
         if max(kept) > KEPT_SHARE * budget:  # then they are computed once more, along with the cells
-            again = layers_again(cells, plan)
             positions += (2 * layers + again) * length
             kept = [size // layers for size in kept]
-        working = sum(kept) + 2 * going_up * item * config.hidden_size + pack * bytes_per_token(lalm, length)
+        else:
+            again = 0
+        working = sum(kept) + (2 * going_up + taken) * item * config.hidden_size + pack * bytes_per_token(lalm, length)
     else:
         # Runs that states are taken from go through once more for these.
         passes = 2 + len({place.origin for place in run_places(cells)}) + len(cells)
@@ -201,7 +206,9 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         positions += (2 + points + 2 * backward) * layers * length
     attention = 4 * length * config.hidden_size
     operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
-    return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward, again)
+    return Cost(
+        passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward, again, taken
+    )
 
 
 def _audio_frames(tokens: TokenTable) -> int:
@@ -250,16 +257,15 @@ def _source_lines(settings: RunSettings, grid: Grid, cost: Cost, replay: bool) -
         return [f"sources  clean runs of at most {MEAN_CLIPS} clips before the first one, for their mean states"]
     if granularity.name == "steer":
         return [f"sources  clean runs of at most {DIRECTION_CLIPS} clips before the first one, for class means"]
-    if not any(
-        place.layer for place in run_places(cell for cell in grid.cells if not all(p.plain for p in cell.patches))
-    ):
+    places = run_places(grid.cells)
+    if not places or all(patch.plain for cell in grid.cells for patch in cell.patches):
         return []
     if not replay:
-        return ["sources  the run that states are taken from goes through the model once more for them"]
-    more = (
-        f"{cost.again} layers of base runs are computed once more" if cost.again else "the base runs are kept for them"
+        return [f"sources  states of {len(places)} places of the two runs, in one more pass of each run they are in"]
+    again = (
+        f"; {cost.again} layers of base runs are computed once more" if cost.again else ", or from runs that are kept"
     )
-    return [f"sources  states of later layers: {more}"]
+    return [f"sources  states of {cost.taken} positions and layers, taken on the way{again}"]
 
 
 def _token_lines(tokens: TokenTable) -> list[str]:
