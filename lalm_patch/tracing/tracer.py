@@ -197,7 +197,9 @@ class Tracer:
         prompt, other_prompt = (replace(asked.prompt, transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
         corrupted = self.corruption.encode(record, heard, other_prompt, clean)
-        grid = replace(self.grid(clean.tokens), arrays=self._vectors.of(record, clean))
+        grid = self.grid(clean.tokens)
+        if vectors := self._vectors.of(record, clean):
+            grid = replace(grid, arrays=vectors)
         clip = OpenedClip(
             record,
             len(waveform),
