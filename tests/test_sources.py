@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, noise
 from test_engines import TOLERANCE, encodings, likely_tokens
 
 from lalm_patch.engine import ApproximateEngine, DirectEngine, ReplayEngine
+from lalm_patch.engine.interface import Sweep
+from lalm_patch.engine.whole_answers import AnswerReader
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid
 from lalm_patch.interventions.patches import SAME_PLACE, Cut, Intervention, Origin, Patch, Site, Source
@@ -223,6 +225,25 @@ def test_replay_equals_direct_with_any_sources(any_family: LALM, prompt: Prompt)
         each.base(clean, corrupted, ids)
         for _ in range(2):
             np.testing.assert_allclose(each.sweep(clean, corrupted, grid, ids).probabilities, slow, atol=TOLERANCE)
+
+
+def test_clips_share_passes_and_answers_have_several_tokens(lalm: LALM, prompt: Prompt) -> None:
+    """Two clips with one corrupted run, together and alone; and the factors of answers of several tokens."""
+    clean, corrupted = encodings(lalm, prompt)
+    other = lalm.encode(noise(1.3, seed=5), prompt, "chat")
+    grid = random_grid(lalm, clean, seed=4, count=12)
+    ids = likely_tokens(lalm, clean, corrupted)
+    alone = [DirectEngine(lalm).sweep(source, corrupted, grid, ids).probabilities for source in (clean, other)]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+    for budget in (None, SMALL):
+        engine = ReplayEngine(lalm, memory_budget=budget)
+        together = engine.sweeps([Sweep(source, corrupted, grid, ids) for source in (clean, other)])
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found.probabilities, expected, atol=TOLERANCE)
+    read = AnswerReader([ids[:3], (ids[0], ids[2]), ids[1:2]], whole=True)
+    slow = read.sweep(DirectEngine(lalm), clean, corrupted, grid).probabilities
+    fast = read.sweep(ReplayEngine(lalm), clean, corrupted, grid).probabilities
+    np.testing.assert_allclose(fast, slow, atol=TOLERANCE)
 
 
 def layer_calls(lalm: LALM, engine: ReplayEngine, pair: tuple[Encoding, Encoding], grid: Grid) -> int:
