@@ -35,7 +35,7 @@ from lalm_patch.models import LALM, Encoding
 from lalm_patch.run import dry_run
 from lalm_patch.stimuli import Prompt, Record
 from lalm_patch.tracing.metrics import recovery_rate
-from lalm_patch.tracing.vectors import FOLDS, Directions, folds, mean_states
+from lalm_patch.tracing.vectors import FOLDS, Directions, Vectors, folds, mean_states
 from lalm_patch.truth import Circuit, Move, PlantedLALM, Register, draw_clips, plant_circuit, too_late
 from lalm_patch.truth.decoder import ARCHITECTURES, MELS
 
@@ -97,6 +97,26 @@ def test_means_are_means(any_family: LALM, prompt: Prompt) -> None:
         mean_states(any_family, [], Site.RESID, [0])
 
 
+def test_a_clip_of_another_text_gets_means_that_fit_it(checkpoints: dict[str, Path], prompt: Prompt) -> None:
+    lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
+    clips = [encodings(lalm, prompt, seconds)[0] for seconds in (0.8, 1.3)]
+    longer = encodings(lalm, replace(prompt, question=f"{prompt.question} Listen."), 0.8)[0]
+    place = place_of(lalm, replacement="mean")
+    vectors = Vectors(lalm, "ablate", place, [1], lambda count: [(record("a", "x"), clip) for clip in clips], 0)
+    key = mean_key("early", Site.RESID, 1)
+    own, other = (vectors.of(record("b", "x"), clip) for clip in (clips[0], longer))
+    assert own[key].shape == (len(clips[0].tokens.positions("early")), 64)
+    np.testing.assert_allclose(other[key], own[key].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(other[mean_key("object", Site.RESID, 1)], own[mean_key("object", Site.RESID, 1)])
+    grid = replace(make_grid("ablate", longer.tokens, [1], place), arrays=other)
+    found = DirectEngine(lalm).sweep(longer, longer, grid, (1, 2))
+    assert np.isfinite(found.option_logits).all()
+    roles, first = longer.tokens.roles, longer.tokens.text_positions[0]
+    read = replace(longer.tokens, roles=(*roles[:first], "transcript", *roles[first + 1 :]))
+    with pytest.raises(DataError, match="has the segment transcript; use replacement=zero"):
+        vectors.of(record("c", "x"), replace(longer, tokens=read))
+
+
 def test_a_direction_leaves_the_group_of_its_clip_out(checkpoints: dict[str, Path], prompt: Prompt) -> None:
     lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
     clips = [encodings(lalm, prompt, 0.7 + 0.2 * number)[0] for number in range(5)]
@@ -118,6 +138,8 @@ def test_a_direction_leaves_the_group_of_its_clip_out(checkpoints: dict[str, Pat
     assert not np.array_equal(found[direction_key("random 1", 1)], found[direction_key("random 2", 1)])
     with pytest.raises(DataError, match=r"without the group of a no clip of class x is left"):
         Directions.between(lalm, [(records[0], clips[0]), (records[2], clips[2])], [1], 0, 0).of(records[0], text)
+    with pytest.raises(DataError, match="have none of class z"):
+        made.of(record("f", "z"), text)
     with pytest.raises(DataError, match="two classes"):
         Directions.between(lalm, [(records[0], clips[0])], [1], 0, 0)
 

@@ -18,7 +18,7 @@ from lalm_patch.errors import DataError
 from lalm_patch.interventions.grids import CLASS_DIRECTION, Place, direction_key, mean_key
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import AUDIO
-from lalm_patch.models import LALM, Encoding
+from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.stimuli import Record
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,25 @@ class Vectors:
             DataError: no clip can be read, or a class has no clip of another group.
         """
         if self._means:
-            return self._mean_states
+            return self._fitting(encoding.tokens)
         return self._directions.of(record, len(encoding.tokens.text_positions)) if self._steers else {}
+
+    def _fitting(self, tokens: TokenTable) -> dict[str, np.ndarray]:
+        """The means for one clip; over positions, too, where a segment of its text has another length than theirs."""
+        found = dict(self._mean_states)
+        text = set(tokens.text_positions)
+        for segment in tokens.segments:
+            positions = sum(position in text for position in tokens.positions(segment))
+            for layer in self._layers:
+                key = mean_key(segment, self._place.site, layer)
+                if key not in found:
+                    raise DataError(
+                        f"granularity.replacement=mean: none of the {MEAN_CLIPS} clips that make the mean has the "
+                        f"segment {segment}; use replacement=zero"
+                    )
+                if found[key].ndim == 2 and len(found[key]) != positions:
+                    found[key] = found[key].mean(0)
+        return found
 
     @cached_property
     def _mean_states(self) -> dict[str, np.ndarray]:
@@ -177,6 +194,11 @@ class Directions:
             DataError: without the clip's group no clip of a class is left.
         """
         mean = self._means_without(record)
+        if record.label not in mean:
+            raise DataError(
+                f"granularity=steer: the {DIRECTION_CLIPS} clips that make directions have none of class "
+                f"{record.label}; expected fewer classes, or clips of it that can be read"
+            )
         others = [of_class for label, of_class in mean.items() if label != record.label]
         direction = mean[record.label] - np.mean(others, axis=0)
         named = {CLASS_DIRECTION: direction}
