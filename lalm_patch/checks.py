@@ -36,6 +36,8 @@ STATEMENTS = {
     "lens_ends_at_the_answer": "the logit lens after the last layer is the model's own probability of the answer",
     "last_layer_identity": "patching the last layer restores the clean probability at the last position and nothing "
     "elsewhere",
+    "own_states_identity": "a run's own states written back where they are (back-patching from the layer before) leave "
+    "its probabilities",
 }
 """What each check verifies, in words, and what to do if it does not hold; in the order in which a run makes them."""
 

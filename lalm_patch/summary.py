@@ -35,6 +35,13 @@ from lalm_patch.analysis import (
 from lalm_patch.checks import from_json
 from lalm_patch.terminal import as_typed
 
+OF_EACH_LAYER = {
+    "source_layer": "with the best states at the start of each layer",
+    "ablated": "without what matters most in each layer",
+    "steering": "along the best direction in each layer",
+}
+"""What the line over layers shows where something else than the other run's states was put in."""
+
 
 def summary(dataset: xr.Dataset, files: Sequence[Path], recovery: xr.Dataset | None = None) -> str:
     """What a run found, whom it counted, and whether to trust it.
@@ -102,9 +109,9 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     line = over_layers(recovery)
     info = about(dataset)
     exchanged = "all text positions" if info.site == "resid" else f"{info.site} at all text positions"
-    column = f"the best {info.granularity} of each layer"
+    column = OF_EACH_LAYER.get(info.granularity, f"the best {info.granularity} of each layer")
     where = {"token": "at the last token", "layer": info.knockout or exchanged}.get(info.granularity, column)
-    what = "lost    " if info.direction == "noising" else "recovery"
+    what = "lost    " if info.loses else "recovery"
     half = next((cell for cell in line if cell.mean > 0.5), None)
     reached = "never" if half is None else f"from layer {half.layer}"
     best = peak.over_layers
@@ -116,6 +123,7 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
         f"peak     {best.place}: {_mean(best)}, n={best.n} of {best.groups} groups (95 % bootstrap over groups; the "
         "first of equals)",
     ]
+    lines += _put_in(info, recovery)
     if (other := peak.before_last) is not None:
         place = f"layer {other.layer}, token {other.text!r} ({other.role})"
         lines.append(f"         before the last token: {place}: {_mean(other)}")
@@ -125,6 +133,25 @@ def _findings(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:
     if (found := licence(dataset)) is not None:
         lines.append(f"licence  {found}; mean error of the rate {found.error:.2g}")
     return lines
+
+
+def _put_in(info: About, recovery: xr.Dataset) -> list[str]:
+    """Where something else than the other run's states was put in: what came of it, column by column."""
+    if info.granularity not in OF_EACH_LAYER:
+        return []
+    means = recovery["mean"].transpose("layer", info.granularity)
+    if info.granularity == "source_layer":
+        best = means.max()
+        return [f"back     at most {float(best) - 1:+.2f} beyond the clean run, whose rate is 1"]
+    largest = means.max("layer")
+    where = means.fillna(-np.inf).argmax("layer")
+    said = [
+        f"{name} {float(value):z.2f} (layer {int(means['layer'][int(index)])})"
+        for name, value, index in zip(means[info.granularity].values, largest.values, where.values, strict=True)
+        if np.isfinite(value)
+    ]
+    heading = "lost     at most without" if info.granularity == "ablated" else "steered  at most along"
+    return [f"{heading} {', '.join(said)}"]
 
 
 def _precision(dataset: xr.Dataset, recovery: xr.Dataset) -> list[str]:

@@ -48,6 +48,7 @@ def sections() -> dict[tuple[str, str], object]:
 COMPANIONS = {
     ("granularity", "edge"): ("site=attn", "direction=noising"),
     ("granularity", "early_text_only"): ("site=attn", "direction=noising"),
+    ("granularity", "ablate"): ("direction=noising",),
     ("site", "embed"): ("granularity=audio",),
     ("site", "tower"): ("granularity=audio",),
 }

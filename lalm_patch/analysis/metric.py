@@ -17,7 +17,7 @@ import xarray as xr
 from lalm_patch.analysis.options import option_texts, right_options
 from lalm_patch.analysis.run_info import about
 from lalm_patch.errors import DataError
-from lalm_patch.tracing.metrics import share_moved
+from lalm_patch.tracing.metrics import measured_as, share_moved
 
 Measure = Callable[[xr.Dataset, str], xr.DataArray]
 """From a run's dataset and one of clean, corrupted, patched to what is measured of it; larger is better."""
@@ -117,7 +117,7 @@ def with_metric(dataset: xr.Dataset, name: str) -> xr.Dataset:
     gap = values["clean"] - values["corrupted"]
     patched, clean, corrupted, gap = xr.broadcast(values["patched"], values["clean"], values["corrupted"], gap)
     order = dataset["recovery_rate"].dims
-    moved = share_moved(patched.values, clean.values, corrupted.values, about(dataset).direction)
+    moved = share_moved(patched.values, clean.values, corrupted.values, measured_as(about(dataset).direction, order))
     rate = patched.copy(data=moved).where(gap > 0)
     changed = {
         "recovery_rate": rate.transpose(*order).assign_attrs(dataset["recovery_rate"].attrs | {"metric": name}),

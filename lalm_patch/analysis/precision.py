@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from lalm_patch.tracing.metrics import error_of_probabilities, share_moved
+from lalm_patch.tracing.metrics import error_of_probabilities, measured_as, share_moved
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def widened(means: xr.Dataset, dataset: xr.Dataset, confidence: float) -> xr.Dat
 def _rate_errors(dataset: xr.Dataset, found: NDArray[np.float64], exact: NDArray[np.float64]) -> NDArray[np.float64]:
     """Errors of recovery rates [clip, cell] of measured clips that count, from probabilities [clip, number]."""
     rows = np.flatnonzero(dataset["kept"].values & np.isfinite(exact[:, 0]))
-    direction = str(dataset.attrs.get("direction", "denoising"))
+    direction = measured_as(str(dataset.attrs.get("direction", "denoising")), dataset["recovery_rate"].dims)
     one, other = (
         share_moved(values[rows, 2:], values[rows, :1], values[rows, 1:2], direction) for values in (found, exact)
     )

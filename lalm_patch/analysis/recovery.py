@@ -26,7 +26,7 @@ from lalm_patch.analysis.resampling import (
 )
 from lalm_patch.analysis.run_info import about
 
-COLUMNS = ("head", "segment", "edge", "window")
+COLUMNS = ("head", "segment", "edge", "window", "source_layer", "ablated", "steering")
 """Dimensions whose columns are no curve over layers each with a place of its own in the text."""
 SAME_PLATEAU = 1e-3
 """Means this close to the largest one count as tied: on a plateau, rounding would choose the layer otherwise."""
@@ -189,7 +189,7 @@ def ratio_of_means(
     patched = kept["p_patched"].astype(np.float64)
     patched = at_last_token(kept, patched)
     clean, corrupted = kept["p_clean"].astype(np.float64), kept["p_corrupted"].astype(np.float64)
-    moved = clean - patched if about(dataset).direction == "noising" else patched - corrupted
+    moved = clean - patched if about(dataset).loses else patched - corrupted
     gain = moved.transpose("sample", "layer").values
     gap = (clean - corrupted).values
     clusters = ClusterSums.of(gain, group_names(kept), np.broadcast_to(gap[:, None], gain.shape))

@@ -12,6 +12,7 @@ import xarray as xr
 
 from lalm_patch.analysis.licence import licence
 from lalm_patch.errors import DataError
+from lalm_patch.tracing.metrics import measured_as
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class About:
     Attributes:
         model: short name of the model.
         attribute: name of the attribute.
-        granularity: `layer`, `token`, `segment`, `window` (of the audio), `edge` or `head`.
+        granularity: `layer`, `token`, `segment`, `window` (of the audio), `edge`, `head`, `source_layer` (whose states
+            are written back), `ablated` or `steering`.
         layers: decoder layers the model has.
         seed: of the bootstrap.
         site: where states were exchanged: `resid`, `attn`, `mlp`, `head`, `embed` or `tower`.
@@ -31,6 +33,7 @@ class About:
         knockout: which attention was cut, in words; empty where states were exchanged.
         approximation: of approximate cells, the engine and how well it agrees with exact ones; else empty.
         metric: what the rate is of: `probability` of the answer, or another that `with_metric` put in its place.
+        change: what was put in, in words, where that is not the other run's state of the same place; else empty.
     """
 
     model: str
@@ -45,6 +48,7 @@ class About:
     metric: str = "probability"
     knockout: str = ""
     approximation: str = ""
+    change: str = ""
 
     @property
     def title(self) -> str:
@@ -56,9 +60,10 @@ class About:
         """In what the run departs from the paper's method (site, window, direction, corruption, metric), if in any."""
         parts = [
             self.knockout,
+            self.change,
             "" if self.site in ("resid", "attn" if self.knockout else "") else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
-            "" if self.direction == "denoising" or self.knockout else self.direction,
+            "" if self.direction == "denoising" or self.knockout or self.change else self.direction,
             "" if self.corruption == "silence" else self.corruption,
             "" if self.metric == "probability" else self.metric.replace("_", " "),
             self.approximation,
@@ -68,12 +73,17 @@ class About:
     @property
     def measure(self) -> str:
         """What the rate is called: what comes back, or what goes."""
-        return "share lost" if self.direction == "noising" else "recovery rate"
+        return "share lost" if self.loses else "recovery rate"
+
+    @property
+    def loses(self) -> bool:
+        """Whether the rate is the share of the gap that is lost, see `measured_as`."""
+        return measured_as(self.direction, [self.granularity]) == "noising"
 
     @property
     def cumulative(self) -> bool:
         """Whether states hold everything that lower layers have done, so that a curve over layers ends at 1."""
-        return self.site == "resid" and self.granularity != "window"
+        return self.site == "resid" and self.granularity not in ("window", "source_layer", "ablated", "steering")
 
 
 def about(dataset: xr.Dataset) -> About:
@@ -98,6 +108,7 @@ def about(dataset: xr.Dataset) -> About:
         str(dataset.attrs.get("metric", "probability")),
         _knockout(settings.get("granularity", {})),
         _approximation(dataset),
+        _change(settings.get("granularity", {}), "clean" if direction.get("name") == "noising" else "corrupted"),
     )
 
 
@@ -114,6 +125,15 @@ def _knockout(granularity: Mapping[str, Any]) -> str:
     if name == "early_text_only":
         return "no audio for early text"
     return f"{', '.join(edges) if edges else 'attention'} cut" if name == "edge" else ""
+
+
+def _change(granularity: Mapping[str, Any], run: str) -> str:
+    strength = granularity.get("strength")
+    return {
+        "back": f"back-patched into the {run} run",
+        "ablate": f"{granularity.get('replacement') or 'zero'} ablation",
+        "steer": f"{run} run steered, strength {1.0 if strength is None else strength:g}",
+    }.get(str(granularity.get("name")), "")
 
 
 def run_settings(dataset: xr.Dataset) -> dict[str, Any]:

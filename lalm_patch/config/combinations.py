@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lalm_patch.config.words import nearest
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions.grids import GRANULARITIES
+from lalm_patch.interventions.grids import GRANULARITIES, SOURCED
 from lalm_patch.interventions.segments import KNOCKOUTS, check_edges
 from lalm_patch.interventions.spans import Spans, check_spans
 from lalm_patch.models.names import family_names
@@ -41,6 +41,7 @@ def check_combinations(settings: RunSettings) -> None:
         )
     if settings.backend.name == "ndif" and settings.trace_excluded:
         raise ConfigError("trace_excluded=true: a server computes clips that count only; use backend=local")
+    _check_sources(settings)
     _check_audio(settings)
     _check_approximation(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
@@ -216,4 +217,44 @@ def _check_knockout(settings: RunSettings) -> None:
         raise ConfigError(
             "granularity=edge with site=head cuts one edge, head by head: name it, for example "
             "granularity.edges=[audio-last]"
+        )
+
+
+def _check_sources(settings: RunSettings) -> None:
+    """Granularities that put in something else than the other run's state of the same place."""
+    granularity, site, direction = settings.granularity, settings.site, settings.direction.name
+    name = granularity.name
+    for key, its in (("sources", "back"), ("replacement", "ablate"), ("strength", "steer"), ("controls", "steer")):
+        if getattr(granularity, key) is not None and name != its:
+            raise ConfigError(f"granularity.{key} goes with granularity={its}, not with granularity={name}")
+    if name not in SOURCED:
+        return
+    if settings.engine.name in APPROXIMATE:
+        raise ConfigError(
+            f"engine={settings.engine.name} follows a gradient from one run's state to the other's at the same place, "
+            f"and granularity={name} puts in something else, for which nothing says how far that holds: use engine=auto"
+        )
+    if settings.backend.name == "ndif":
+        raise ConfigError(
+            f"granularity={name} puts in something else than the clean run's states of the same place, and a "
+            "server is asked for those only: use backend=local"
+        )
+    if name in ("back", "steer") and (site.name, site.window) != ("resid", 1):
+        raise ConfigError(
+            f"granularity={name} changes the residual stream at one layer at a time: expected site=resid and "
+            f"site.window=1, got site={site.name}, site.window={site.window}"
+        )
+    if name == "ablate" and direction != "noising":
+        raise ConfigError(
+            f"granularity=ablate takes states out of the clean run: expected direction=noising, got {direction}"
+        )
+    if name == "steer" and settings.data.name in OWN_QUESTIONS:
+        raise ConfigError(
+            f"granularity=steer with data={settings.data.name}: a direction is a class's, and there each clip has "
+            "options of its own; use data=demo or data=sakura"
+        )
+    if name == "steer" and settings.prompt.order != "fixed":
+        raise ConfigError(
+            f"granularity=steer with prompt.order={settings.prompt.order}: a direction has a vector for each position "
+            "of the text, which has to be the same in all clips; use prompt.order=fixed"
         )

@@ -79,6 +79,11 @@ class ApproximateEngine:
         patches = [patch for cell in grid.cells for patch in cell.patches]
         if any(cell.cuts for cell in grid.cells) or any(patch.site is Site.TOWER for patch in patches):
             raise ModelError(f"{self.name} approximates patches in the decoder only: expected no cuts, no site tower")
+        if not all(patch.plain for patch in patches):
+            raise ModelError(
+                f"{self.name} follows a gradient from one run's state to the other's at the same place, and nothing "
+                "says how far that holds for other sources: expected patches without one of their own, use engine=auto"
+            )
         check_sites(self.lalm, {patch.site for patch in patches})
         places = sorted({(patch.layer, patch.site) for patch in patches}, key=_moment)
         unpatched = self.exact.base(source, target, option_ids).rows(slice(1, 2))

@@ -208,4 +208,4 @@ def _random_cells(lalm: LALM, encoding: Encoding, place: Place, knockout: bool =
     grids = [at_place(grid, place) for grid in made]
     cells = tuple(cell for grid in grids for cell in grid.cells)
     chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
-    return Grid(("cell",), {"cell": np.arange(len(chosen))}, tuple(cells[i] for i in chosen))
+    return Grid(("cell",), {"cell": np.arange(len(cells))}, cells).chosen(chosen)

@@ -5,10 +5,11 @@ It starts from the audio and uses nothing that any other engine computes. It is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import nnsight
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from lalm_patch.engine.cuts import check_cuts, masks
 from lalm_patch.engine.interface import Progress, ignore_progress
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import columns, layer_at, overwrite, states_at
+from lalm_patch.engine.sources import given, mixed, run_places
 from lalm_patch.interventions.grids import Grid
-from lalm_patch.interventions.patches import Intervention, Patch, Site
+from lalm_patch.interventions.patches import Intervention, Origin, Patch, RunPlace, Site
 from lalm_patch.models import LALM, Encoding
 
 
@@ -45,7 +47,7 @@ class DirectEngine:
     ) -> Readout:
         """See `Engine.sweep`."""
         references = self._base_logits(source, target)
-        return self.cells(source, target, grid.cells, option_ids, progress, references)
+        return self.cells(source, target, grid.cells, option_ids, progress, references, grid.arrays)
 
     def cells(
         self,
@@ -55,18 +57,24 @@ class DirectEngine:
         option_ids: Sequence[int],
         progress: Progress = ignore_progress,
         references: Tensor | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> Readout:
-        """One row per intervention: the target run with the intervention's states taken from the source run.
+        """One row per intervention: the target run with what the intervention's patches put in.
 
-        Divergences are known where the two runs' logits [2, vocabulary] are given.
+        Divergences are known where the two runs' logits [2, vocabulary] are given. `arrays` are those of the grid that
+        the interventions come from.
         """
-        places = {(patch.layer, patch.site) for intervention in interventions for patch in intervention.patches}
         if any(intervention.cuts for intervention in interventions):
             check_cuts(self.lalm)
-        states = self.states(source, places) if places else {}
+        states: dict[RunPlace, Tensor] = {}
+        needed = run_places(interventions)
+        for origin, encoding in ((Origin.OTHER, source), (Origin.OWN, target)):
+            places = {(place.layer, place.site) for place in needed if place.origin is origin}
+            found = self.states(encoding, places) if places else {}
+            states |= {RunPlace(origin, *place): of_place for place, of_place in found.items()}
         rows = []
         for intervention in interventions:
-            rows.append(self._patched(target, intervention, states))
+            rows.append(self._patched(target, intervention, states, arrays or {}))
             progress(1)
         return Readout.of(torch.cat(rows), option_ids, references)
 
@@ -98,30 +106,46 @@ class DirectEngine:
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
-    def _patched(self, target: Encoding, intervention: Intervention, states: dict[tuple[int, Site], Tensor]) -> Tensor:
+    def _patched(
+        self,
+        target: Encoding,
+        intervention: Intervention,
+        states: Mapping[RunPlace, Tensor],
+        arrays: Mapping[str, np.ndarray],
+    ) -> Tensor:
         layers: list[Any] = self.lalm.layers
         masked = masks(self.lalm, intervention.cuts, len(target.tokens))
         steps = sorted({*masked, *(patch.layer for patch in intervention.patches if patch.site is not Site.TOWER)})
         with torch.no_grad(), self.lalm.traced.trace(**target.inputs):
             for patch in intervention.in_tower:
-                self._write(patch, states)
+                self._write(patch, states, arrays)
             self.lalm.enter(target)
             for layer in steps:
                 # What enters the layer comes first, then its attention's mask, then what is inside and leaves it.
                 for patch in intervention.at(layer):
                     if patch.site is Site.EMBED:
-                        self._write(patch, states)
+                        self._write(patch, states, arrays)
                 if layer in masked:
                     args, kwargs = layers[layer].self_attn.inputs
                     layers[layer].self_attn.inputs = args, kwargs | {"attention_mask": masked[layer]}
                 for patch in intervention.at(layer):
                     if patch.site is not Site.EMBED:
-                        self._write(patch, states)
+                        self._write(patch, states, arrays)
             logits = self.lalm.traced.output.logits[:, -1].clone().save()
         return self.lalm.scaled(torch.as_tensor(logits))
 
-    def _write(self, patch: Patch, states: dict[tuple[int, Site], Tensor]) -> None:
-        """Inside a trace: put a patch's states, [1, positions, width] by layer and site, where they belong."""
-        where, head = list(patch.positions), columns(self.lalm, patch.head)
-        chosen = states[patch.layer, patch.site][0, where, head]
-        overwrite(layer_at(self.lalm, patch.layer, patch.site), patch.site, head, where, chosen)
+    def _write(self, patch: Patch, states: Mapping[RunPlace, Tensor], arrays: Mapping[str, np.ndarray]) -> None:
+        """Inside a trace: what a patch puts in, where it belongs; states are [1, positions, width]."""
+        where, head, place = list(patch.positions), columns(self.lalm, patch.head), patch.taken_from
+        layer = layer_at(self.lalm, patch.layer, patch.site)
+        if patch.plain:
+            assert place is not None
+            overwrite(layer, patch.site, head, where, states[place][0, where, head])
+            return
+        there = states_at(layer, patch.site)
+        here = there[0, where, head].clone()
+        if place is None:
+            put = given(patch, there, head, arrays)
+        else:
+            put = states[place][0, list(patch.taken_positions), head].to(here)
+        overwrite(layer, patch.site, head, where, mixed(here, put, patch.source.mix, arrays))

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lalm_patch.engine.base_runs import LayerInputs, LayerView
 from lalm_patch.engine.cuts import blocked_edges
+from lalm_patch.engine.sources import PLAIN, Put, TakenStates
 from lalm_patch.engine.suffix_attention import Blocked, SuffixLayout
-from lalm_patch.interventions.patches import Intervention, Patch, Site
+from lalm_patch.interventions.patches import Intervention, Mix, Patch, Site
+
+EVERY = slice(None)
+"""All positions of a patch."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,19 @@ class Write:
         site: which site.
         head: which attention head; None for all columns.
         where: [positions] int64, tokens of the pack.
-        positions: [positions] int64, of the source run.
+        positions: [positions] int64, of the source run, whose states of the same place are taken.
+        mix: how they are put in.
+        patches: in place of `positions`: patches that take something else, with the part of them that counts.
+        enters: whether they go into what enters the layer.
     """
 
     site: Site
     head: int | None
     where: Tensor
     positions: Tensor
+    mix: Mix = PLAIN
+    patches: tuple[tuple[Patch, slice], ...] = ()
+    enters: bool = False
 
 
 @dataclass
@@ -117,19 +128,35 @@ class Pack:
     def writes(self, layer: int) -> list[Write]:
         """The patches of a layer, in the order in which its forward pass meets them; one write per place."""
         ends = self.ends.tolist()
-        patches = ((patch, end) for cell, end in zip(self.cells, ends, strict=True) for patch in cell.patches)
-        return _gathered(patches, layer, self.length)
+        patches = (
+            (patch, EVERY, end)
+            for cell, end in zip(self.cells, ends, strict=True)
+            for patch in cell.patches
+            if patch.layer == layer and patch.site is not Site.EMBED
+        )
+        return _gathered(patches, self.length)
+
+    def first_writes(self, layer: int) -> list[Write]:
+        """As `writes`, of what enters the layer: the patches that the pack's cells start with."""
+        ends = self.ends.tolist()
+        patches = (
+            (patch, EVERY, end)
+            for cell, end in zip(self.cells, ends, strict=True)
+            for patch in cell.patches
+            if (patch.site is Site.EMBED and layer == 0) or (patch.site is Site.RESID and patch.layer == layer - 1)
+        )
+        return _gathered(patches, self.length, enters=True)
 
     def last_writes(self, layer: int) -> list[Write]:
         """As `writes`, of the last positions alone: the pack's tokens are one for each cell."""
-        last = (self.length - 1,)
+        # As if the pack were one token long for each cell: position `length - 1` of a cell is its token.
         patches = (
-            (Patch(patch.layer, last, patch.site, patch.head), row + 1)
+            (patch, slice(-1, None), row + 1)
             for row, cell in enumerate(self.cells)
             for patch in cell.patches
-            if patch.positions[-1] == self.length - 1
+            if patch.layer == layer and patch.site is not Site.EMBED and patch.positions[-1] == self.length - 1
         )
-        return _gathered(patches, layer, self.length)
+        return _gathered(patches, self.length)
 
     def cut(self, tokens: int) -> list[Pack]:
         """The pack in pieces of at most `tokens` tokens, each of at least one cell; itself if it is small enough."""
@@ -164,49 +191,86 @@ class Pack:
         return Pack(self.cells + other.cells, self.indices + other.indices, self.length, states)
 
 
-def _gathered(patches: Iterable[tuple[Patch, int]], layer: int, length: int) -> list[Write]:
-    """Writes of the patches of one layer, each given with the end of its suffix in the pack."""
-    places: dict[tuple[Site, int | None], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    of_layer = [(patch, end) for patch, end in patches if patch.layer == layer and patch.site is not Site.EMBED]
-    for patch, end in sorted(of_layer, key=lambda pair: pair[0].moment[:4]):
-        where, positions = places[patch.site, patch.head]
-        where.extend(end - length + position for position in patch.positions)
-        positions.extend(patch.positions)
+@dataclass
+class _Group:
+    """What becomes one write."""
+
+    where: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    patches: list[tuple[Patch, slice]] = field(default_factory=list)
+
+
+def _gathered(patches: Iterable[tuple[Patch, slice, int]], length: int, enters: bool = False) -> list[Write]:
+    """Writes of patches, each given with the part of it that counts and the end of its suffix in the pack."""
+    groups: dict[tuple[Site, int | None, bool, Mix], _Group] = defaultdict(_Group)
+    for patch, part, end in sorted(patches, key=lambda each: each[0].moment[:4]):
+        group = groups[patch.site, patch.head, patch.plain, patch.source.mix]
+        positions = patch.positions[part]
+        group.where.extend(end - length + position for position in positions)
+        if patch.plain:
+            group.positions.extend(positions)
+        else:
+            group.patches.append((patch, part))
     return [
-        Write(site, head, torch.tensor(where), torch.tensor(positions))
-        for (site, head), (where, positions) in places.items()
+        Write(site, head, torch.tensor(group.where), torch.tensor(group.positions), mix, tuple(group.patches), enters)
+        for (site, head, _, mix), group in groups.items()
     ]
 
 
-def started(pack: Pack, layer: int, source: LayerView | None, target: LayerView, room: Tensor | None = None) -> Pack:
-    """A pack whose cells all enter at a layer, with its states: suffixes of the run into which states are put, the
-    other run's states written in.
+def started(
+    pack: Pack,
+    target: LayerView,
+    puts: Sequence[Put],
+    room: Tensor | None = None,
+) -> Pack:
+    """A pack whose cells all enter at a layer, with its states: suffixes of the run into which states are put, with
+    what their first patches put in.
 
     Args:
         pack: without states.
-        layer: the first layer that its cells have to be computed in.
-        source: the run that states are taken from, at that layer; None where nothing is taken from what enters it.
-        target: the run into which they are put, at that layer.
+        target: the run into which states are put, at that layer: the first that its cells have to be computed in.
+        puts: what the cells' first patches put in, see `Pack.first_writes`.
         room: [1, tokens, hidden], where the states are put.
     """
     device = target.entering.device
     states = target.entering.index_select(0, on(pack.positions - target.first, device))
     if room is not None:
         states = room[0].copy_(states)
-    where: list[int] = []
-    positions: list[int] = []
-    for cell, end in zip(pack.cells, pack.ends.tolist(), strict=True):
-        for patch in cell.patches:
-            if (patch.site is Site.EMBED and layer == 0) or (patch.site is Site.RESID and patch.layer == layer - 1):
-                where.extend(end - pack.length + position for position in patch.positions)
-                positions.extend(patch.positions)
-    if where:
-        assert source is not None
-        taken = source.entering
-        taken = taken.index_select(0, on(torch.tensor(positions) - source.first, taken.device))
-        states.index_copy_(0, on(torch.tensor(where), device), taken.to(device))
+    for put in puts:
+        states.index_copy_(0, put.where, put.onto(states))
     pack.states = states[None]
     return pack
+
+
+def prepared(
+    writes: Sequence[Write],
+    source: LayerView | None,
+    taken: TakenStates,
+    arrays: Mapping[str, np.ndarray],
+    within: Callable[[int | None], slice],
+    device: torch.device,
+) -> list[Put]:
+    """Writes with what they put in, everything on the layer's device.
+
+    Args:
+        writes: of one layer.
+        source: the run that states are taken from, at that layer; None where no write takes the same place's.
+        taken: states that others take.
+        arrays: the grid's.
+        within: columns of an attention head; all for None.
+        device: the layer's.
+    """
+    made = []
+    for write in writes:
+        columns, where = within(write.head), on(write.where, device)
+        if write.patches:
+            made.append(Put(write.site, columns, where, None, write.mix, write.patches, taken, arrays))
+            continue
+        assert source is not None
+        states = source.entering if write.enters else source.states[write.site]
+        chosen = states[:, columns].index_select(0, on(write.positions - source.first, states.device))
+        made.append(Put(write.site, columns, where, chosen.to(device)))
+    return made
 
 
 def arranged(packs: Sequence[Pack], tokens: int) -> list[Pack]:

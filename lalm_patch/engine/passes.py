@@ -1,4 +1,4 @@
-"""What a sweep is on its way up the layers: the clips of a pass, and which cells share one. It computes nothing."""
+"""What a sweep is on its way up the layers: the clips of a pass, which cells share one, what it needs beforehand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lalm_patch.engine.base_runs import BaseRun
 from lalm_patch.engine.interface import Sweep
 from lalm_patch.engine.packs import Pack
 from lalm_patch.engine.readout import Readout
-from lalm_patch.interventions.patches import Intervention
+from lalm_patch.engine.sources import RUNS, TakenStates, sites_inside
+from lalm_patch.interventions.patches import Intervention, Origin
 
 
 @dataclass
@@ -22,6 +23,7 @@ class ClipSweep:
         sweep: what was asked for.
         source: the run that states are taken from.
         target: the run into which they are put.
+        taken: states of either that are put in at other places than their own.
         packs: cells that have started, with their states in the layer in hand.
         top: what leaves the last layer at the last position, [cells, hidden], with the cells' indices.
         work: positions times layers of all cells.
@@ -32,6 +34,7 @@ class ClipSweep:
     sweep: Sweep
     source: BaseRun
     target: BaseRun
+    taken: TakenStates
     work: int
     packs: list[Pack] = field(default_factory=list)
     top: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
@@ -40,6 +43,10 @@ class ClipSweep:
     told: int = 0
     _room: Tensor | None = None
     _used: int = 0
+
+    def run(self, origin: Origin) -> BaseRun:
+        """One of the two runs."""
+        return self.source if origin is Origin.OTHER else self.target
 
     def make_room(self, like: Tensor, tokens: int) -> Tensor:
         """Memory [1, tokens, hidden] for the states of cells that start: a part of one piece for all cells of the grid.
@@ -117,3 +124,57 @@ def plan_passes(
         passes[-1].setdefault(number, []).append(index)
         held += size
     return passes
+
+
+def sources_cost(cells: Sequence[Intervention], passes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """What it takes to put in something else than the same place's states.
+
+    Args:
+        cells: of one clip.
+        passes: indices of the cells of each pass, the lowest first.
+
+    Returns:
+        Layers that base runs, where they are not kept, go through once more for states of later layers; and the
+        positions whose states are kept, summed over layers.
+    """
+    taken = TakenStates(cells, {origin: frozenset(sites_inside(cells, origin)) for origin in RUNS})
+    lowest = [min(cells[index].entry_layer for index in indices) for indices in passes]
+    found = taken.beforehand(zip(lowest, passes, strict=True))
+    again = sum(max(0, max(layers) - lowest[0]) for layers in found.values() if layers)
+    return again, sum(map(len, taken.wanted.values()))
+
+
+def collect_beforehand(clips: Sequence[ClipSweep], plan: Sequence[Sequence[PassPart]], lowest: Sequence[int]) -> None:
+    """Take the states that passes do not meet in time: those of a later layer, or of one below a pass.
+
+    Runs that are kept have them already; others go up once more, side by side, as far as they are needed.
+
+    Args:
+        clips: all clips of the sweeps.
+        plan: what each pass computes.
+        lowest: the lowest layer that a cell starts at, of each pass.
+    """
+    takers: dict[int, tuple[BaseRun, list[tuple[ClipSweep, Origin]], set[int]]] = {}
+    for clip in clips:
+        own = [
+            (low, [index for some in part.entering.values() for index in some])
+            for low, parts in zip(lowest, plan, strict=True)
+            for part in parts
+            if part.clip is clip
+        ]
+        for origin, layers in clip.taken.beforehand(own).items():
+            if layers:
+                run = clip.run(origin)
+                _, clips_of_run, wanted = takers.setdefault(id(run), (run, [], set()))
+                clips_of_run.append((clip, origin))
+                wanted.update(layers)
+    if not takers:
+        return
+    begins = {key: run.computes_from(min(wanted)) for key, (run, _, wanted) in takers.items()}
+    top = max(max(wanted) for _, _, wanted in takers.values())
+    for layer in range(min(begins.values()), top + 1):
+        for key, (run, clips_of_run, wanted) in takers.items():
+            if begins[key] <= layer <= max(wanted):
+                view = run.view(layer, mark=layer in lowest)  # from there the passes go on
+                for clip, origin in clips_of_run:
+                    clip.taken.take(origin, layer, view)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lalm_patch.engine.readout import Readout
-from lalm_patch.errors import HostError
+from lalm_patch.errors import HostError, ModelError
 from lalm_patch.interventions.patches import Intervention
 
 Write = tuple[int, list[int], list[int]]
@@ -88,6 +88,11 @@ class ClipAnswer:
 
 def _one_pass(cells: Sequence[Intervention]) -> Pass:
     by_layer: dict[int, tuple[list[int], list[int]]] = {}
+    if any(not patch.plain for cell in cells for patch in cell.patches):
+        raise ModelError(
+            "a request to a server puts in the same place's states of the clean run: expected patches without a source "
+            "of their own, use backend=local"
+        )
     for row, cell in enumerate(cells):
         for patch in cell.patches:
             rows, positions = by_layer.setdefault(patch.layer, ([], []))

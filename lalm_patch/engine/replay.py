@@ -15,13 +15,13 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lalm_patch.engine.base_runs import (
-    INSIDE,
     BaseRun,
     KeyValue,
     LayerInputs,
@@ -44,21 +44,18 @@ from lalm_patch.engine.memory import (
     states_within,
     tokens_within,
 )
-from lalm_patch.engine.packs import Pack, Write, arranged, on, started
-from lalm_patch.engine.passes import ClipSweep, PassPart, plan_passes
+from lalm_patch.engine.packs import Pack, Write, arranged, on, prepared, started
+from lalm_patch.engine.passes import ClipSweep, PassPart, collect_beforehand, plan_passes
 from lalm_patch.engine.readout import Readout
-from lalm_patch.engine.sites import check_sites, columns, overwrite
+from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
+from lalm_patch.engine.sources import RUNS, Put, TakenStates, run_places, sites_inside
 from lalm_patch.engine.suffix_attention import KeysAndValues, SuffixLayout, suffix_attention_in
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid
-from lalm_patch.interventions.patches import Site
+from lalm_patch.interventions.patches import Origin, Site
 from lalm_patch.models import LALM, Encoding
 
 log = logging.getLogger(__name__)
-
-
-_Put = tuple[Site, slice, Tensor, Tensor]
-"""Site, columns of the head, tokens of the pack, states."""
 
 
 class ReplayEngine:
@@ -76,7 +73,7 @@ class ReplayEngine:
         self.lalm = lalm
         self.pack_tokens = PACK_TOKENS.get(lalm.device.type, PACK_TOKENS["cpu"]) if pack_tokens is None else pack_tokens
         self.memory_budget = memory_budget
-        self._sites: set[Site] = set()
+        self._sites: dict[Origin, frozenset[Site]] = dict.fromkeys(RUNS, frozenset())
         self._first: int | None = None
         self._runs: list[BaseRun] = []
         self._suffixes = suffix_attention_in(lalm.decoder_module)
@@ -94,7 +91,7 @@ class ReplayEngine:
         runs: list[BaseRun] = []
         for source, target, _ in pairs:
             own = self._run(target, True, budget, runs)
-            shared = source is target and not self._sites
+            shared = source is target and not self._sites[Origin.OTHER]
             runs += [own if shared else self._run(source, False, budget, runs), own]
         self._runs = runs
         for layer in range(self.lalm.num_layers + 1):
@@ -126,6 +123,7 @@ class ReplayEngine:
         clips = [self._clip(sweep) for sweep in sweeps]
         plan = self._plan(clips, states_within(budget, self.lalm))
         lowest = [min(layer for part in parts for layer in part.entering) for parts in plan]
+        collect_beforehand(clips, plan, lowest)
         for number, parts in enumerate(plan):
             self._go_up(parts, lowest[number], set(lowest[number + 1 :]), budget)
         for clip in clips:
@@ -149,18 +147,24 @@ class ReplayEngine:
     def _look_at(self, sweeps: Sequence[Sweep]) -> None:
         """Which states the sweeps need, and whether the model has them."""
         cells = [cell for sweep in sweeps for cell in sweep.grid.cells]
-        sites = {patch.site for cell in cells for patch in cell.patches}
+        places = run_places(cells)
+        sites = {patch.site for cell in cells for patch in cell.patches} | {place.site for place in places}
         if Site.TOWER in sites:
             raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
         check_sites(self.lalm, sites)
+        if wrong := [place for place in places if place.layer >= self.lalm.num_layers]:
+            raise ModelError(
+                f"states of layer {wrong[0].layer} are asked for: expected 0 to {self.lalm.num_layers - 1}"
+            )
         if any(cell.cuts for cell in cells):
             check_cuts(self.lalm)
-        # What enters a layer is seen anyway; inside a layer, and where several layers' outputs are replaced, it is not.
-        inside = {patch.site for cell in cells for patch in cell.patches if patch.layer >= cell.entry_layer}
-        self._sites |= inside & set(INSIDE)
-        # States are kept from the first text position on, or from the first audio position that is patched.
+        self._sites = {origin: known | sites_inside(cells, origin) for origin, known in self._sites.items()}
+        # States are kept from the first text position on, or from the first earlier one that is patched or taken.
+        taken = [min(patch.taken_positions) for cell in cells for patch in cell.patches if patch.taken_from is not None]
         self._first = min(
-            [cell.first_position for cell in cells] + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
+            [cell.first_position for cell in cells]
+            + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
+            + taken
         )
 
     def _clip(self, sweep: Sweep) -> ClipSweep:
@@ -169,13 +173,13 @@ class ReplayEngine:
         work = sum(
             (self.lalm.num_layers + 1 - cell.entry_layer) * (length - cell.first_position) for cell in sweep.grid.cells
         )
-        return ClipSweep(sweep, source, target, work)
+        return ClipSweep(sweep, source, target, TakenStates(sweep.grid.cells, self._sites), work)
 
     def _run(self, encoding: Encoding, keys: bool, budget: float, others: Sequence[BaseRun] = ()) -> BaseRun:
         """A base run: a known one, where it serves; else a new one, which is kept if a budget has room for it."""
         text = encoding.tokens.text_positions[0]
         first = text if self._first is None else min(text, self._first)
-        sites: set[Site] = set() if keys else self._sites
+        sites = self._sites[Origin.OWN if keys else Origin.OTHER]
         for run in (*self._runs, *others):
             if run.serves(encoding, first, sites, keys):
                 return run
@@ -197,8 +201,7 @@ class ReplayEngine:
                 clip, entering = clips[number], dict[int, list[int]]()
                 for index in indices:
                     entering.setdefault(clip.cells[index].entry_layer, []).append(index)
-                patches = [patch for index in indices for patch in clip.cells[index].patches]
-                parts.append(PassPart(clip, entering, max([0, *(patch.entry_layer for patch in patches)])))
+                parts.append(PassPart(clip, entering, clip.taken.top(indices)))
             passes.append(parts)
         return passes
 
@@ -219,6 +222,8 @@ class ReplayEngine:
                 source = None
                 if layer <= part.source_top or not clip.source.known:
                     source = clip.source.view(layer, layer in later)
+                    clip.taken.take(Origin.OTHER, layer, source)
+                clip.taken.take(Origin.OWN, layer, target)
                 self._start(clip, part.entering.get(layer, []), layer, source, target)
                 if layer < self.lalm.num_layers:
                     self._advance_all(clip, layer, source, target, tokens)
@@ -236,7 +241,8 @@ class ReplayEngine:
         cells = [clip.cells[index] for index in indices]
         pack = Pack.of(cells, indices, clip.length)
         top = layer == self.lalm.num_layers
-        pack = started(pack, layer, source, target, None if top else clip.make_room(target.entering, pack.tokens))
+        puts = self._prepared(clip, pack.first_writes(layer), source, target.entering.device)
+        pack = started(pack, target, puts, None if top else clip.make_room(target.entering, pack.tokens))
         if top:
             clip.top.append((pack.indices, pack.states[0].index_select(0, pack.lasts)))
             clip.tell(pack.tokens)
@@ -288,7 +294,7 @@ class ReplayEngine:
     def _advance(self, clip: ClipSweep, pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
         """A pack after one layer."""
         layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
-        writes = self._prepared(pack.writes(layer), source, pack.states.device)
+        writes = self._prepared(clip, pack.writes(layer), source, pack.states.device)
         if pack.inputs is None:
             pack.inputs = self._inputs(pack.positions, clip.sweep.target)
         leaving = self._call(layer, pack.states, pack.inputs, layout, writes)
@@ -312,7 +318,7 @@ class ReplayEngine:
             layout = layout.last_positions(own, pack.lasts)
         states = pack.states.index_select(1, pack.lasts)
         inputs = self._inputs(torch.full((rows,), clip.length - 1), clip.sweep.target)
-        writes = self._prepared(pack.last_writes(layer), source, states.device)
+        writes = self._prepared(clip, pack.last_writes(layer), source, states.device)
         return self._call(layer, states, inputs, layout, writes)[0]
 
     def _inputs(self, positions: Tensor, target: Encoding) -> LayerInputs:
@@ -330,7 +336,7 @@ class ReplayEngine:
         raise ModelError(f"layer {layer} did not call its attention; use engine=direct")
 
     def _call(
-        self, layer: int, states: Tensor, inputs: LayerInputs, layout: SuffixLayout, writes: Sequence[_Put]
+        self, layer: int, states: Tensor, inputs: LayerInputs, layout: SuffixLayout, writes: Sequence[Put]
     ) -> Tensor:
         """States [1, tokens, hidden] after a layer, with states put in on the way."""
         keywords = inputs.keywords | {"suffixes": layout}
@@ -341,8 +347,9 @@ class ReplayEngine:
                 leaving: Tensor = module(states, *inputs.rest, **keywords)
                 return leaving
             with wrapped.trace(states, *inputs.rest, **keywords):
-                for site, within, where, chosen in writes:
-                    overwrite(wrapped, site, within, where, chosen)
+                for put in writes:
+                    there = put.states if put.states is not None else states_at(wrapped, put.site)[0]
+                    overwrite(wrapped, put.site, put.within, put.where, put.onto(there))
                 out = wrapped.output.save()
         return torch.as_tensor(out)
 
@@ -351,15 +358,11 @@ class ReplayEngine:
         decoder: Any = self.lalm.decoder_module
         return decoder.layers
 
-    def _prepared(self, writes: Sequence[Write], source: LayerView | None, device: torch.device) -> list[_Put]:
-        """Writes with the states they put in place, everything on the layer's device."""
-        made = []
-        for write in writes:
-            assert source is not None
-            within, states = columns(self.lalm, write.head), source.states[write.site]
-            chosen = states[:, within].index_select(0, on(write.positions - source.first, states.device))
-            made.append((write.site, within, on(write.where, device), chosen.to(device)))
-        return made
+    def _prepared(
+        self, clip: ClipSweep, writes: Sequence[Write], source: LayerView | None, device: torch.device
+    ) -> list[Put]:
+        """Writes of one layer with what they put in."""
+        return prepared(writes, source, clip.taken, clip.sweep.grid.arrays, partial(columns, self.lalm), device)
 
     def _read(self, clip: ClipSweep, rows: int) -> None:
         """Logits of what has come out at the top."""

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lalm_patch.analysis import about, in_short, mean_recovery, planted_window, segments, why_none_counts
@@ -151,13 +152,26 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     names = [str(name) for name in recovery[column].values]
     n_layers, n_columns = means.shape
     figure, axes = canvas(float(np.clip(0.3 * n_columns, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
-    heatmap(figure, axes, recovery["layer"], means, f"mean {about(dataset).measure}")
+    if column == "source_layer":
+        _mark_own_places(axes, recovery)
+    measure = f"mean {about(dataset).measure}"
+    if column == "source_layer" and about(dataset).direction == "noising":
+        means, measure = means - 1, f"{measure} - 1\n(0: as in the clean run)"
+    heatmap(figure, axes, recovery["layer"], means, measure)
     numbers = all(name.isdigit() for name in names)
     every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
     axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
     axes.set_xlabel(axis_name(dataset[column]))
     axes.set_title(f"{_title(dataset)}: {_counts(dataset, recovery)}")
     return figure
+
+
+def _mark_own_places(axes: Axes, recovery: xr.Dataset) -> None:
+    """Frames around the cells whose states come from the layer just below, where they belong."""
+    taken = recovery["source_layer"].values
+    for row, layer in enumerate(recovery["layer"].values):
+        for column in np.flatnonzero(taken == layer - 1):
+            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="0.2", lw=0.8, zorder=3))
 
 
 def without_band(groups: np.ndarray) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions.patches import Cut, Intervention, Patch, Site
-from lalm_patch.interventions.segments import AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
+from lalm_patch.interventions.patches import Cut, Intervention, Origin, Patch, Site, Source
+from lalm_patch.interventions.segments import AUDIO, AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
 from lalm_patch.interventions.spans import Spans, audio_windows, tower_windows
 from lalm_patch.settings import GranularitySettings, SiteSettings
 
@@ -27,15 +27,38 @@ class Grid:
         dims: names of the dimensions, outermost first.
         coords: labels along each dimension.
         cells: the interventions in row-major order of `dims`.
+        arrays: vectors and bases that the cells' sources name, see `Source`; a grid without them can be looked at, not
+            swept.
     """
 
     dims: tuple[str, ...]
     coords: dict[str, np.ndarray]
     cells: tuple[Intervention, ...]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.cells) != prod(self.shape):
             raise ValueError(f"a grid of shape {self.shape} needs {prod(self.shape)} cells, got {len(self.cells)}")
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        if not self.arrays:
+            return
+        sources = {patch.source for cell in self.cells for patch in cell.patches if not patch.plain}
+        for key, array in self.arrays.items():
+            if array.ndim not in (1, 2) or not np.isfinite(array).all():
+                raise ValueError(f"array {key}: expected one or two dimensions and finite numbers, got {array.shape}")
+        for basis in {source.basis for source in sources if source.basis is not None} & set(self.arrays):
+            rows = np.asarray(self.arrays[basis], np.float64)
+            if rows.ndim != 2 or not np.allclose(rows @ rows.T, np.eye(len(rows)), atol=1e-4):
+                raise ValueError(
+                    f"basis {basis}: expected orthonormal rows [k, width], got {rows.shape}; numpy.linalg.qr makes them"
+                )
+
+    def chosen(self, indices: Iterable[int]) -> Grid:
+        """Some of the cells, by their indices, along one dimension `cell`."""
+        chosen = [int(index) for index in indices]
+        return Grid(("cell",), {"cell": np.array(chosen)}, tuple(self.cells[index] for index in chosen), self.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,6 +116,79 @@ def early_text_only_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer",), {"layer": np.asarray(layers)}, tuple(cells))
 
 
+def mean_key(segment: str, site: Site, layer: int) -> str:
+    """Name of a mean over clips among a grid's arrays."""
+    return f"mean of {segment} at {site} of layer {layer}"
+
+
+def direction_key(name: str, layer: int) -> str:
+    """Name of a direction among a grid's arrays."""
+    return f"{name} at layer {layer}"
+
+
+def back_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
+    """The audio positions' states of one layer written where another begins, for each (layer, source layer).
+
+    They are those of the clean run: of the run into which they are put where that is the clean one (noising).
+    """
+    origin = Origin.OWN if place.noising else Origin.OTHER
+    audio = tokens.audio_positions
+    starts = [(layer - 1, Site.RESID) if layer else (0, Site.EMBED) for layer in layers]
+    cells = [
+        Intervention([Patch(before, audio, site, source=Source(origin, taken, site=Site.RESID))])
+        for before, site in starts
+        for taken in place.sources
+    ]
+    coords = {"layer": np.asarray(layers), "source_layer": np.asarray(place.sources)}
+    return Grid(("layer", "source_layer"), coords, tuple(cells))
+
+
+def ablate_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
+    """Zeros, or means over clips, in place of the states of the audio or of a segment, for each (layer, segment)."""
+    positions = {AUDIO: tokens.audio_positions}
+    text = set(tokens.text_positions)
+    positions |= {name: tuple(p for p in tokens.positions(name) if p in text) for name in tokens.segments}
+
+    def source(segment: str, layer: int) -> Source:
+        if place.replacement == "zero":
+            return Source(Origin.ZERO)
+        return Source(Origin.VECTOR, vector=mean_key(segment, place.site, layer))
+
+    cells = [
+        Intervention(Patch(at, chosen, place.site, source=source(name, at)) for at in place.layers_from(layer))
+        for layer in layers
+        for name, chosen in positions.items()
+    ]
+    coords = {"layer": np.asarray(layers), "ablated": np.array(list(positions), object)}
+    return Grid(("layer", "ablated"), coords, tuple(cells))
+
+
+def steer_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
+    """A direction added at all text positions of one layer's output, for each (layer, direction): that of the clip's
+    class, and random ones of the same length. Where the clean run is steered (noising), it is taken away instead."""
+    alpha = -place.strength if place.noising else place.strength
+    names = (CLASS_DIRECTION, *(f"random {number}" for number in range(1, place.controls + 1)))
+    cells = [
+        Intervention(
+            [
+                Patch(
+                    layer,
+                    tokens.text_positions,
+                    source=Source(Origin.VECTOR, vector=direction_key(name, layer), alpha=alpha, added=True),
+                )
+            ]
+        )
+        for layer in layers
+        for name in names
+    ]
+    coords = {"layer": np.asarray(layers), "steering": np.array(names, object)}
+    return Grid(("layer", "steering"), coords, tuple(cells))
+
+
+CLASS_DIRECTION = "class mean"
+"""Name of the direction from the other classes' means to that of the clip's class."""
+
+
 @dataclass(frozen=True)
 class Place:
     """What of a layer is patched, and in how many layers at once.
@@ -105,6 +201,11 @@ class Place:
         knockout: whether attention is cut, and no state exchanged.
         edges: which edges are cut; empty for all.
         spans: windows of the audio, where the audio is patched and not the text.
+        noising: whether the run that is patched is the clean one.
+        sources: of granularity=back, the layers whose states are written into others.
+        replacement: of granularity=ablate, what is put in: `zero` or `mean`.
+        strength: of granularity=steer, how much of a direction is added.
+        controls: likewise, random directions.
     """
 
     site: Site = Site.RESID
@@ -114,6 +215,11 @@ class Place:
     knockout: bool = False
     edges: tuple[str, ...] = ()
     spans: Spans | None = None
+    noising: bool = False
+    sources: tuple[int, ...] = ()
+    replacement: str = "zero"
+    strength: float = 1.0
+    controls: int = 0
 
     @property
     def layer_kind(self) -> str:
@@ -125,13 +231,26 @@ class Place:
         return range(layer, min(layer + self.window, self.num_layers))
 
 
-def place_in(lalm: LALM, site: SiteSettings, granularity: GranularitySettings | None = None) -> Place:
-    """The place that settings name, in a model."""
+def place_in(
+    lalm: LALM, site: SiteSettings, granularity: GranularitySettings | None = None, direction: str = "denoising"
+) -> Place:
+    """The place that settings name, in a model.
+
+    Raises:
+        ConfigError: source layers that the model does not have.
+    """
     where = Site(site.name)
     layers = {Site.TOWER: len(lalm.tower_layers), Site.EMBED: 1}.get(where, lalm.num_layers)
-    place = Place(where, site.window, layers, lalm.num_heads)
+    place = Place(where, site.window, layers, lalm.num_heads, noising=direction == "noising")
     if granularity is not None and granularity.name == "audio":
         return replace(place, spans=Spans(granularity.seconds, granularity.positions))
+    if granularity is not None and granularity.name == "back":
+        return replace(place, sources=back_layers(layers, granularity.sources, "granularity.sources"))
+    if granularity is not None and granularity.name == "ablate":
+        return replace(place, replacement=granularity.replacement or "zero")
+    if granularity is not None and granularity.name == "steer":
+        strength = 1.0 if granularity.strength is None else granularity.strength
+        return replace(place, strength=strength, controls=granularity.controls or 0)
     if granularity is None or granularity.name not in KNOCKOUTS:
         return place
     return replace(place, knockout=True, edges=tuple(granularity.edges or ()))
@@ -145,7 +264,7 @@ def at_place(grid: Grid, place: Place) -> Grid:
     cells = tuple(
         Intervention(
             (
-                Patch(layer, patch.positions, place.site, head)
+                Patch(layer, patch.positions, place.site, head, patch.source)
                 for patch in cell.patches
                 for layer in place.layers_from(patch.layer)
             ),
@@ -155,11 +274,11 @@ def at_place(grid: Grid, place: Place) -> Grid:
         for head in heads
     )
     if place.site is not Site.HEAD:
-        return Grid(grid.dims, grid.coords, cells)
+        return Grid(grid.dims, grid.coords, cells, grid.arrays)
     # Single heads are asked about one edge: it needs no dimension.
     dims = tuple(dim for dim in grid.dims if dim != "edge")
     coords = {dim: grid.coords[dim] for dim in dims} | {"head": np.arange(place.num_heads)}
-    return Grid((*dims, "head"), coords, cells)
+    return Grid((*dims, "head"), coords, cells, grid.arrays)
 
 
 GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
@@ -169,16 +288,47 @@ GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
     "audio": lambda tokens, layers: audio_grid(tokens, layers, Place()),
     "edge": edge_grid,
     "early_text_only": early_text_only_grid,
+    "back": lambda tokens, layers: back_grid(tokens, layers, Place(sources=tuple(layers))),
+    "ablate": lambda tokens, layers: ablate_grid(tokens, layers, Place(num_layers=max(layers) + 1)),
+    "steer": lambda tokens, layers: steer_grid(tokens, layers, Place()),
 }
 
+SOURCED: dict[str, Callable[[TokenTable, Sequence[int], Place], Grid]] = {
+    "back": back_grid,
+    "ablate": ablate_grid,
+    "steer": steer_grid,
+}
+"""Granularities whose patches put in something else than the same place's state of the other run."""
 
-def chosen_layers(num_layers: int, layers: Sequence[int] | None, kind: str = "decoder") -> tuple[int, ...]:
+BACK_LAYERS = 9
+"""Layers, evenly spaced, on either side of back-patching where none are named: its cells are their square."""
+
+
+def back_layers(num_layers: int, layers: Sequence[int] | None, setting: str = "granularity.layers") -> tuple[int, ...]:
+    """The layers of one side of back-patching: those asked for, or `BACK_LAYERS` evenly spaced, first and last among
+    them; see `chosen_layers`."""
+    if layers is not None:
+        return chosen_layers(num_layers, layers, setting=setting)
+    return tuple(sorted({round(float(layer)) for layer in np.linspace(0, num_layers - 1, BACK_LAYERS)}))
+
+
+def patched_layers(place: Place, granularity: GranularitySettings) -> tuple[int, ...]:
+    """The layers of a run's grid; see `chosen_layers` and, of granularity=back, `back_layers`."""
+    if granularity.name == "back":
+        return back_layers(place.num_layers, granularity.layers)
+    return chosen_layers(place.num_layers, granularity.layers, place.layer_kind)
+
+
+def chosen_layers(
+    num_layers: int, layers: Sequence[int] | None, kind: str = "decoder", setting: str = "granularity.layers"
+) -> tuple[int, ...]:
     """The layers a run patches: all of them, or the ones asked for (negative ones count from the end).
 
     Args:
         num_layers: how many there are.
         layers: the ones asked for; None for all.
         kind: what layers they are, for the message.
+        setting: what asks for them, likewise.
 
     Raises:
         ConfigError: a layer the model does not have, or one named twice.
@@ -188,12 +338,12 @@ def chosen_layers(num_layers: int, layers: Sequence[int] | None, kind: str = "de
     wrong = [layer for layer in layers if not -num_layers <= layer < num_layers]
     if wrong or not layers:
         raise ConfigError(
-            f"granularity.layers={list(layers)}: the model has {kind} layers 0 to {num_layers - 1}; "
+            f"{setting}={list(layers)}: the model has {kind} layers 0 to {num_layers - 1}; "
             "give a list of those, or null for all"
         )
     chosen = sorted(layer % num_layers for layer in layers)
     if len(set(chosen)) < len(chosen):
-        raise ConfigError(f"granularity.layers={list(layers)} names a layer twice")
+        raise ConfigError(f"{setting}={list(layers)} names a layer twice")
     return tuple(chosen)
 
 
@@ -209,5 +359,7 @@ def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int], place
         return at_place(edge_grid(tokens, layers, place.edges), place)
     if granularity == "audio" and place is not None:
         return at_place(audio_grid(tokens, layers, place), place)
+    if granularity in SOURCED and place is not None:
+        return SOURCED[granularity](tokens, layers, place)
     grid = GRANULARITIES[granularity](tokens, layers)
     return grid if place is None else at_place(grid, place)

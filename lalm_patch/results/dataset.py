@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lalm_patch.interventions.segments import has_edge
+from lalm_patch.interventions.segments import AUDIO, has_edge
 from lalm_patch.interventions.spans import PADDING, start_of
 from lalm_patch.models.roles import segments_of
 from lalm_patch.results.observations import observed
@@ -19,7 +19,7 @@ from lalm_patch.results.resolution import Resolution, resolution
 from lalm_patch.stimuli import SAMPLING_RATE
 from lalm_patch.storage.netcdf import clean_text
 from lalm_patch.storage.run_store import SampleRecord
-from lalm_patch.tracing.metrics import Exclusion, share_moved
+from lalm_patch.tracing.metrics import Exclusion, measured_as, share_moved
 
 _AXES = {
     "layer": "decoder layer, from 0",
@@ -27,6 +27,9 @@ _AXES = {
     "segment": "segment of the text",
     "edge": "attention that is cut",
     "window": "window of the audio",
+    "source_layer": "states of layer, from 0",
+    "ablated": "what is replaced",
+    "steering": "direction that is added",
 }
 _LAYERS = {"tower": "audio encoder layer, from 0", "embed": "decoder layer, whose input is patched"}
 """What layers are at the sites that are not of all decoder layers."""
@@ -36,6 +39,7 @@ _MISSING = {
     "segment": f"{_MISSING_CELL}, or its text lacks the segment",
     "edge": f"{_MISSING_CELL}, or its text lacks one of the segments",
     "window": f"{_MISSING_CELL}, or its clip is over before the window",
+    "ablated": f"{_MISSING_CELL}, or its text lacks the segment",
 }
 
 
@@ -101,8 +105,9 @@ def build_dataset(
     gap_shape = (n_samples, *[1] * len(shape))
     clean, corrupted = (p_base[:, column].reshape(gap_shape) for column in (0, 1))
     direction = str(attributes.get("direction", "denoising"))
-    rate = share_moved(p_patched, clean, corrupted, direction)
-    rate_name = "share of the gap that is lost (noising)" if direction == "noising" else "recovery rate"
+    measured = measured_as(direction, dims)
+    rate = share_moved(p_patched, clean, corrupted, measured)
+    rate_name = "share of the gap that is lost (noising)" if measured == "noising" else "recovery rate"
 
     cell_dims = ("sample", *dims)
     missing = next((_MISSING[dim] for dim in dims if dim in _MISSING), _MISSING_CELL)
@@ -269,6 +274,8 @@ def _places(
     for axis, dim in enumerate(dims):
         if dim == "segment":
             places[axis] = np.flatnonzero([name in segments for name in coords[dim]])
+        elif dim == "ablated":
+            places[axis] = np.flatnonzero([name in (AUDIO, *segments) for name in coords[dim]])
         elif dim == "window":
             places[axis] = np.flatnonzero([name in sample.meta["windows"] for name in coords[dim]])
         elif dim == "edge":
@@ -332,6 +339,8 @@ def _coordinates(
         coordinates["window_start"] = ("window", starts, described)
     if site in _LAYERS:
         coordinates["layer"][2]["long_name"] = _LAYERS[site]
+    if "source_layer" in coords:
+        coordinates["layer"][2]["long_name"] = "at the start of layer, from 0"
     attributes = {"long_name": "position, counted from the first one after the audio"}
     coordinates["token"] = ("token", np.arange(length), attributes)
     return coordinates

@@ -115,12 +115,17 @@ class GranularitySettings:
 
     Attributes:
         name: layer (all text positions), token (one), segment (all of a segment), audio (a window of the audio), edge
-            (attention between two segments is cut), or early_text_only (attention of the text to the audio is cut up
-            to a layer).
-        layers: in which decoder layers; null for all.
+            (attention between two segments is cut), early_text_only (attention of the text to the audio is cut up to a
+            layer), back (the audio's states of one layer written where another begins), ablate (zeros or a mean in
+            place of the audio's or a segment's), or steer (a direction added to the text's).
+        layers: in which decoder layers; null for all (of granularity=back, nine of them, evenly spaced).
         edges: of granularity=edge, which ones, as SOURCE-TARGET; null for all; site=head takes exactly one.
         seconds: of granularity=audio, length of a window in time; null to count positions.
         positions: of granularity=audio, audio positions in a window; null to measure time.
+        sources: of granularity=back, the layers whose states are written into others; null for nine, evenly spaced.
+        replacement: of granularity=ablate, what is put in: zero, or mean (the mean over clips of the run).
+        strength: of granularity=steer, how much of a direction is added, in units of the difference of class means.
+        controls: of granularity=steer, how many random directions of the same length are added instead, for comparison.
     """
 
     name: Annotated[str, Name()] = MISSING
@@ -128,6 +133,10 @@ class GranularitySettings:
     edges: list[str] | None = None
     seconds: Annotated[float | None, Number(0, 3600)] = None
     positions: Annotated[int | None, Whole(1)] = None
+    sources: list[int] | None = None
+    replacement: Annotated[str | None, one_of("zero", "mean")] = None
+    strength: Annotated[float | None, Number(0, 1000)] = None
+    controls: Annotated[int | None, Whole(0, 20)] = None
 
 
 @dataclass

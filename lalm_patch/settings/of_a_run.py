@@ -38,5 +38,9 @@ ADDED_LATER: dict[str, object] = {
     "min_gap": 5.0,
     "engine.float32_clips": 4,
     "engine.float32_cells": 16,
+    "granularity.sources": None,
+    "granularity.replacement": None,
+    "granularity.strength": None,
+    "granularity.controls": None,
 }
 """Settings that older runs do not know, and the value that does what those runs did: it tells no runs apart."""

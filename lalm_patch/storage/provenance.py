@@ -104,9 +104,16 @@ def describe(settings: RunSettings, command: str) -> dict[str, Any]:
     """Attributes every result carries."""
     noising = settings.direction.name == "noising"
     into = "corrupted states into the clean run" if noising else "clean states into the corrupted run"
+    run = "clean" if noising else "corrupted"
+    method = {
+        "back": f"back-patching, the clean run's states of one layer at the start of another of the {run} run; Biran "
+        "et al., arXiv 2406.12775",
+        "ablate": f"{settings.granularity.replacement or 'zero'} ablation of the clean run",
+        "steer": f"activation steering of the {run} run along differences of class means",
+    }.get(settings.granularity.name, f"activation patching, {into}; Chen, Huang and Lee, arXiv 2603.13768")
     return {
         "title": f"Causal tracing of {settings.model.name} on {settings.attr.name}, {settings.granularity.name}-wise",
-        "method": f"activation patching, {into}; Chen, Huang and Lee, arXiv 2603.13768",
+        "method": method,
         "site": settings.site.name,
         "window": settings.site.window,
         "direction": settings.direction.name,

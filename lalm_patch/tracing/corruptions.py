@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -105,16 +105,8 @@ class Corruption:
             DataError: no clip can be read.
         """
         assert self._example is not None
-        labels = {record.id: record.label for record in self._records}
-        chosen = balanced_part(labels, sorted(set(labels.values())), MEAN_CLIPS, self._settings.seed)
         total, positions = None, 0
-        for record in sorted(self._records, key=lambda record: record.id):
-            if record.id not in chosen:
-                continue
-            try:
-                waveform = record.waveform(None)[: self._longest]
-            except AudioError:
-                continue  # an unusable clip is reported, or stops the run, where its own turn comes
+        for _, waveform in balanced_clips(self.lalm, self._records, MEAN_CLIPS, self._settings.seed):
             audio = _audio(self.lalm.encode(waveform, self._example, self._layout)).double()
             total = audio.sum(0) if total is None else total + audio.sum(0)
             positions += len(audio)
@@ -122,11 +114,24 @@ class Corruption:
             raise DataError("corruption=mean: expected a readable clip to take the mean over, got none")
         return total / positions
 
-    @property
-    def _longest(self) -> int | None:
-        """Samples the model takes at most; None for any number."""
-        seconds = self.lalm.family.max_seconds
-        return None if math.isinf(seconds) else int(seconds * SAMPLING_RATE)
+
+def balanced_clips(lalm: LALM, records: Sequence[Record], count: int, seed: int) -> Iterator[tuple[Record, np.ndarray]]:
+    """Clips of a run that stand for all of it, balanced over the classes, with what the model takes of their sound.
+
+    Which ones, and their order, depends on the run's clips and the seed alone.
+    """
+    labels = {record.id: record.label for record in records}
+    chosen = balanced_part(labels, sorted(set(labels.values())), count, seed)
+    seconds = lalm.family.max_seconds
+    longest = None if math.isinf(seconds) else int(seconds * SAMPLING_RATE)
+    for record in sorted(records, key=lambda record: record.id):
+        if record.id not in chosen:
+            continue
+        try:
+            waveform = record.waveform(None)[:longest]
+        except AudioError:
+            continue  # an unusable clip is reported, or stops the run, where its own turn comes
+        yield record, waveform
 
 
 def _audio(encoding: Encoding) -> Tensor:

@@ -31,10 +31,11 @@ from lalm_patch.engine.memory import (
     states_within,
     tokens_within,
 )
-from lalm_patch.engine.passes import plan_passes
+from lalm_patch.engine.passes import plan_passes, sources_cost
 from lalm_patch.engine.sites import check_sites
+from lalm_patch.engine.sources import run_places
 from lalm_patch.errors import DataError
-from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions.grids import Grid, make_grid, patched_layers, place_in
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
 from lalm_patch.models import LALM, TokenTable
@@ -45,6 +46,7 @@ from lalm_patch.settings import APPROXIMATE, RunSettings
 from lalm_patch.stimuli import Attribute, Record
 from lalm_patch.tracing.questions import Questions
 from lalm_patch.tracing.transcripts import Transcripts
+from lalm_patch.tracing.vectors import DIRECTION_CLIPS, MEAN_CLIPS
 
 _GIGA = 1e9
 
@@ -57,6 +59,9 @@ class Cost:
         passes: forward passes, the clean and the corrupted run among them; by replay, passes up the layers: one for
             these two runs, and those of the cells.
         backward: backward passes, of an approximation.
+        again: layers that base runs go through once more, by replay, for states that come from later layers; none where
+            they are kept.
+        taken: by replay, positions of states that are kept for other places than their own, summed over layers.
         positions: positions that go through decoder layers, summed over layers and passes.
         seconds: at the speed of matrix products on this device.
         weights: bytes of the model's parameters.
@@ -69,6 +74,8 @@ class Cost:
     weights: int
     working: int
     backward: int = 0
+    again: int = 0
+    taken: int = 0
 
 
 def describe_run(
@@ -93,11 +100,11 @@ def describe_run(
     prompt = replace(asked, transcript=Transcripts(lalm, settings).example)
     waveform, example = _example(records)
     tokens, _ = lalm.inputs(waveform, prompt, layout)
-    place = place_in(lalm, settings.site, settings.granularity)
+    place = place_in(lalm, settings.site, settings.granularity, settings.direction.name)
     check_sites(lalm, [place.site])
     if place.knockout:
         check_cuts(lalm)
-    layers = chosen_layers(place.num_layers, settings.granularity.layers, place.layer_kind)
+    layers = patched_layers(place, settings.granularity)
     check_present(place.edges, tokens.segments)
     grid = make_grid(settings.granularity.name, tokens, layers, place)
     obstacle = replay_obstacle(lalm)
@@ -131,6 +138,7 @@ def describe_run(
         f"site {settings.site.name}, {settings.direction.name}"
         + (f", windows of {settings.site.window} layers" if settings.site.window > 1 else ""),
         f"engine   {engine}: {cost.passes} {unit} per clip, clean and corrupted run included",
+        *_source_lines(settings, grid, cost, replay),
         *(
             []
             if there
@@ -163,7 +171,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
     embedding = _parameters(lalm.module.get_input_embeddings())
     audio = max(whole - _parameters(decoder.layers) - head - embedding, 0)
     first = tokens.text_positions[0]
-    cells, backward = grid.cells, 0
+    cells, backward, again, taken = grid.cells, 0, 0, 0
     if settings.engine.name in APPROXIMATE:
         cells = cells[:: max(1, len(cells) // settings.engine.licence_cells)][: settings.engine.licence_cells]
         points = settings.engine.steps if settings.engine.name == "integrated_gradients" else 1
@@ -175,17 +183,22 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         given = settings.engine.memory_budget
         budget = free_budget(lalm.decoder_module) if given is None else given * GIB
         total = sum(suffix for _, suffix in suffixes)
-        passes = 1 + len(plan_passes([(cells, length)], layers, states_within(budget, lalm)))
+        plan = [parts[0] for parts in plan_passes([(cells, length)], layers, states_within(budget, lalm))]
+        passes = 1 + len(plan)
         most = settings.engine.pack_tokens or PACK_TOKENS[device_name(settings.model).split(":")[0]]
         pack = min(most, tokens_within(budget, lalm, length), total)
         going_up = min(total, states_within(budget, lalm))
         kept = [base_run_bytes(lalm, length, first, sites, keys) for sites, keys in ((0, True), (1, False))]
+        again, taken = sources_cost(cells, plan)
         if max(kept) > KEPT_SHARE * budget:  # then they are computed once more, along with the cells
-            positions += 2 * layers * length
+            positions += (2 * layers + again) * length
             kept = [size // layers for size in kept]
-        working = sum(kept) + 2 * going_up * item * config.hidden_size + pack * bytes_per_token(lalm, length)
+        else:
+            again = 0
+        working = sum(kept) + (2 * going_up + taken) * item * config.hidden_size + pack * bytes_per_token(lalm, length)
     else:
-        passes = 3 + len(cells)  # the clean run once more, for its states
+        # Runs that states are taken from go through once more for these.
+        passes = 2 + len({place.origin for place in run_places(cells)}) + len(cells)
         positions = passes * layers * length
         working = length * bytes_per_token(lalm, length)
     if backward:  # both runs' states, every point's own pass; a backward pass costs two forward ones
@@ -193,7 +206,9 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         positions += (2 + points + 2 * backward) * layers * length
     attention = 4 * length * config.hidden_size
     operations = positions * (2 * per_layer + attention) + 2 * (2 if replay else passes) * audio * _audio_frames(tokens)
-    return Cost(passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward)
+    return Cost(
+        passes, positions, operations / _speed(lalm.dtype, settings), whole * item, working, backward, again, taken
+    )
 
 
 def _audio_frames(tokens: TokenTable) -> int:
@@ -233,6 +248,24 @@ def _proof_lines(settings: RunSettings, exact: bool) -> list[str]:
             f"engine.precision={engine.precision} is from it"
         )
     return lines
+
+
+def _source_lines(settings: RunSettings, grid: Grid, cost: Cost, replay: bool) -> list[str]:
+    """What has to be computed so that there is something to put in, where that is not the other run's same place."""
+    granularity = settings.granularity
+    if granularity.name == "ablate" and granularity.replacement == "mean":
+        return [f"sources  clean runs of at most {MEAN_CLIPS} clips before the first one, for their mean states"]
+    if granularity.name == "steer":
+        return [f"sources  clean runs of at most {DIRECTION_CLIPS} clips before the first one, for class means"]
+    places = run_places(grid.cells)
+    if not places or all(patch.plain for cell in grid.cells for patch in cell.patches):
+        return []
+    if not replay:
+        return [f"sources  states of {len(places)} places of the two runs, in one more pass of each run they are in"]
+    again = (
+        f"; {cost.again} layers of base runs are computed once more" if cost.again else ", or from runs that are kept"
+    )
+    return [f"sources  states of {cost.taken} positions and layers, taken on the way{again}"]
 
 
 def _token_lines(tokens: TokenTable) -> list[str]:

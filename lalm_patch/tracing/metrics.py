@@ -5,6 +5,7 @@ Definitions of Chen, Huang and Lee, arXiv 2603.13768, section 3; probabilities a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,15 @@ def share_moved(
     """
     source, target = (corrupted, clean) if direction == "noising" else (clean, corrupted)
     return recovery_rate(patched, source, target)
+
+
+def measured_as(direction: str, dims: Iterable[Any]) -> str:
+    """The direction whose rate a run's is: its own, but for back-patching.
+
+    That puts the clean run's own states into it, so that nothing is there to be lost: in either direction its rate is
+    the recovery rate, 1 where as much of the answer is there as in the clean run, and above 1 where more is.
+    """
+    return "denoising" if "source_layer" in dims else direction
 
 
 def error_of_probabilities(found: FloatArray, exact: FloatArray) -> float:

@@ -20,7 +20,7 @@ from lalm_patch.engine.whole_answers import read_bases, read_sweeps
 from lalm_patch.models import LALM
 from lalm_patch.models.proof import Pair, in_float32
 from lalm_patch.settings import EngineSettings
-from lalm_patch.tracing.samples import OpenedClip, exact_cells, readout_arrays, some_cells
+from lalm_patch.tracing.samples import OpenedClip, exact_cells, readout_arrays
 
 
 class Rounding:
@@ -77,7 +77,7 @@ class Rounding:
             bases = read_bases(self._engine, [(clip.read, clip.source, clip.target) for clip in exact])
             swept = []
             if self._cells:
-                grids = [some_cells(clip.grid, cells) for clip, cells in zip(clips, chosen, strict=True)]
+                grids = [clip.grid.chosen(cells) for clip, cells in zip(clips, chosen, strict=True)]
                 sweeps = [
                     (clip.read, Sweep(clip.source, clip.target, grid, ()))
                     for clip, grid in zip(exact, grids, strict=True)

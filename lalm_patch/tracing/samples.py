@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +81,7 @@ def exact_cells(
 ) -> tuple[list[int], Readout]:
     """Some cells of a grid by an exact engine: their indices, ascending, and one row for each."""
     indices: list[int] = np.sort(chosen).tolist()
-    return indices, read.sweep(engine, source, target, some_cells(grid, indices))
-
-
-def some_cells(grid: Grid, indices: Sequence[int] | np.ndarray) -> Grid:
-    """Cells of a grid, by their indices, along one dimension."""
-    return Grid(("cell",), {"cell": np.array(indices)}, tuple(grid.cells[index] for index in indices))
+    return indices, read.sweep(engine, source, target, grid.chosen(indices))
 
 
 def sample_meta(label: str, group: str, samples: int, tokens: TokenTable, reason: Exclusion) -> dict[str, Any]:

@@ -18,21 +18,22 @@ from lalm_patch.engine.interface import SharesPasses, Sweep
 from lalm_patch.engine.observe import audio_attention, check_attention, lens
 from lalm_patch.engine.whole_answers import AnswerReader, read_bases, read_sweeps
 from lalm_patch.errors import ModelError
-from lalm_patch.interventions.grids import Grid, chosen_layers, make_grid, place_in
+from lalm_patch.interventions.grids import Grid, make_grid, patched_layers, place_in
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
-from lalm_patch.models import LALM, TokenTable
+from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import make_pair, passes, prove
 from lalm_patch.settings import RunSettings
 from lalm_patch.stimuli import Attribute, Prompt, Record
 from lalm_patch.terminal import Progress, Waiting
-from lalm_patch.tracing.corruptions import Corruption
+from lalm_patch.tracing.corruptions import Corruption, balanced_clips
 from lalm_patch.tracing.metrics import Exclusion, exclusion
 from lalm_patch.tracing.questions import Asked, Questions
 from lalm_patch.tracing.rechecks import Rechecks
 from lalm_patch.tracing.rounding import Rounding
 from lalm_patch.tracing.samples import OpenedClip, SampleTrace, asked_meta, exact_cells, readout_arrays, sample_meta
 from lalm_patch.tracing.transcripts import Transcripts
+from lalm_patch.tracing.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +87,9 @@ class Tracer:
         fixed = self.questions.example(tuple(records))
         # Answers of several tokens may begin alike: once is enough to prove engines with.
         self.option_ids = tuple(dict.fromkeys(ids[0] for ids in self.questions.answers(fixed)))
-        self.place = place_in(lalm, settings.site, settings.granularity)
+        self.place = place_in(lalm, settings.site, settings.granularity, settings.direction.name)
         self.noising = settings.direction.name == "noising"
-        self.layers = chosen_layers(self.place.num_layers, settings.granularity.layers, self.place.layer_kind)
+        self.layers = patched_layers(self.place, settings.granularity)
         self.transcripts = Transcripts(lalm, settings)
         self.checks: list[Check] = []
         self.engine: Engine
@@ -102,6 +103,9 @@ class Tracer:
         if settings.observe.attention:
             check_attention(lalm)
         self.corruption = Corruption(lalm, settings.corruption, self.layout, records)
+        self._records = records
+        name = settings.granularity.name
+        self._vectors = Vectors(lalm, name, self.place, self.layers, self._clean_runs, settings.seed)
 
     def _open(self, prompt: Prompt) -> TokenTable:
         """Prove the model on noise and silence and choose its engine; returns the noise's token table."""
@@ -193,6 +197,9 @@ class Tracer:
         prompt, other_prompt = (replace(asked.prompt, transcript=text) for text in spoken)
         clean = self.lalm.encode(waveform, prompt, self.layout)
         corrupted = self.corruption.encode(record, heard, other_prompt, clean)
+        grid = self.grid(clean.tokens)
+        if vectors := self._vectors.of(record, clean):
+            grid = replace(grid, arrays=vectors)
         clip = OpenedClip(
             record,
             len(waveform),
@@ -201,7 +208,7 @@ class Tracer:
             spoken,
             clean,
             corrupted,
-            self.grid(clean.tokens),
+            grid,
             self.noising,
         )
         if not clip.same_layout and spoken[0] == spoken[1]:
@@ -210,6 +217,14 @@ class Tracer:
             )
         progress.drop(self.cells_per_sample - len(clip.grid.cells))  # clips differ in their text, or in their windows
         return clip
+
+    def _clean_runs(self, count: int) -> Iterator[tuple[Record, Encoding]]:
+        """Clean runs of some clips that stand for all of the run, see `balanced_clips`."""
+        for record, waveform in balanced_clips(self.lalm, self._records, count, self.settings.data.seed):
+            known = None if record.prompt is None else record.prompt.transcript
+            spoken, _ = self.transcripts.pair(waveform, waveform, known)
+            prompt = replace(self.questions.ask(record).prompt, transcript=spoken)
+            yield record, self.lalm.encode(waveform, prompt, self.layout)
 
     def _lengths(self, clip: OpenedClip) -> str:
         """What the two runs' lengths are, for messages."""
@@ -286,6 +301,7 @@ class Tracer:
         several = len(clip.read.answers[answer]) > 1
         found = None if several else self._identity(grid, base, swept, answer, clip.clean.tokens)
         checks = [] if found is None else [self._explained("last_layer_identity", found, clip)]
+        checks += self._own_states(clip, base, swept)
         if spot_check and isinstance(self.engine, ReplayEngine):
             cells, exact = exact_cells(
                 self._oracle, clip.source, clip.target, grid, self._spots(record, grid), clip.read
@@ -294,6 +310,19 @@ class Tracer:
             checks.append(self._explained("replay_equals_direct", difference, clip))
             trace.meta["spot_checked_cells"] = min(SPOT_CHECKED_PER_SAMPLE, len(grid.cells))
         trace.meta["checks"] += [vars(check) for check in checks]
+
+    def _own_states(self, clip: OpenedClip, base: Readout, swept: Readout) -> list[Check]:
+        """What holds for any weights: a run's own states, put back where they are, leave it."""
+        cells = [
+            index
+            for index, cell in enumerate(clip.grid.cells)
+            if cell.patches and not cell.cuts and all(patch.changes_nothing for patch in cell.patches)
+        ]
+        if not cells:
+            return []
+        unpatched = base.probabilities[0 if self.noising else 1]
+        difference = float(np.abs(swept.probabilities[cells] - unpatched).max())
+        return [self._explained("own_states_identity", difference, clip)]
 
     def _explained(self, name: str, difference: float, clip: OpenedClip) -> Check:
         """Whether rounding explains a difference in probability between two ways to compute the same of a clip."""
@@ -339,7 +368,7 @@ class Tracer:
         worst = 0.0
         found = False
         for probability, cell in zip(swept.probabilities[:, answer], grid.cells, strict=True):
-            if [patch.layer for patch in cell.patches] == [last_layer]:
+            if [patch.layer for patch in cell.patches if patch.plain] == [last_layer] and len(cell.patches) == 1:
                 expected = source if last in cell.patches[0].positions else target
                 worst, found = max(worst, abs(float(probability - expected))), True
         return worst if found else None

@@ -15,7 +15,7 @@ from lalm_patch.truth.circuit import Circuit, Move, Register, Window
 from lalm_patch.truth.decoder import PlantedLALM, draw_clips, plant_circuit, plant_window
 from lalm_patch.truth.measure import Measured, measure
 from lalm_patch.truth.methods import METHODS, Method, register
-from lalm_patch.truth.population import KINDS, Plan, make_population
+from lalm_patch.truth.population import KINDS, Plan, make_population, too_late
 from lalm_patch.truth.scoring import Score, score
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "plant_window",
     "register",
     "score",
+    "too_late",
 ]

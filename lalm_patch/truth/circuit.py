@@ -24,7 +24,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from lalm_patch.interventions.patches import Intervention, Patch, Site
+from lalm_patch.interventions.patches import Intervention, Origin, Patch, Site
 from lalm_patch.models import TokenTable
 from lalm_patch.tracing.metrics import recovery_rate
 
@@ -72,7 +72,7 @@ class Move:
         layer: decoder layer.
         head: query head.
         source: text position the head looks at, counted from the first after the audio; None: all audio positions.
-        target: text position that looks, and gets the class.
+        target: text position that looks, and gets the class; None: every audio position, from those up to it.
         reads: register read at the source.
         writes: register of the target to which it is added.
         gain: factor of what is added; negative suppresses.
@@ -81,16 +81,22 @@ class Move:
     layer: int
     head: int
     source: int | None
-    target: int
+    target: int | None
     reads: Register
     writes: Register
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.source is not None and self.source > self.target:
+        if self.source is not None and (self.target is None or self.source > self.target):
             raise ValueError(f"causal attention: text position {self.target} cannot look at {self.source} after it")
         if not 0 <= self.head < HEADS:
             raise ValueError(f"expected a head from 0 to {HEADS - 1}, got {self.head}")
+
+    def targets(self, first_text: int) -> range:
+        """Positions that look, in a prompt whose text begins at a position."""
+        if self.target is None:
+            return range(SINK_POSITIONS, first_text)
+        return range(first_text + self.target, first_text + self.target + 1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Circuit:
         if not 2 <= self.text <= MOST_TEXT:
             raise ValueError(f"expected 2 to {MOST_TEXT} text positions, got {self.text}")
         for move in self.moves:
-            if not 0 <= move.layer < self.layers or not 0 <= move.target < self.text:
+            if not 0 <= move.layer < self.layers or not 0 <= (move.target or 0) < self.text:
                 raise ValueError(f"{move} lies outside of {self.layers} layers and {self.text} text positions")
         shared = [(move.layer, move.head * KEY_VALUE_HEADS // HEADS) for move in self.moves]
         if len(set(shared)) < len(shared):
@@ -139,6 +145,16 @@ class Circuit:
         """P(option) of the clean run: [option]."""
         return np.asarray(self._read(self._run(self._start(audio), [Intervention()], None).after[-1])[0])
 
+    def back_patched(self, audio: FloatArray, interventions: Sequence[Intervention]) -> FloatArray:
+        """P(option) of clean runs with states of that run itself written elsewhere: [intervention, option].
+
+        Args:
+            audio: the clip's class register [audio position, class].
+            interventions: patches whose source is the run's own; the empty intervention is the clean run.
+        """
+        start = self._start(audio)
+        return self._read(self._run(start, interventions, None, self._run(start, [Intervention()], None)).after[-1])
+
     def recovery(self, audio: FloatArray, answer: int, interventions: Sequence[Intervention]) -> FloatArray:
         """Recovery rate that each intervention must give: [intervention]."""
         patched = self.probabilities(audio, (*interventions, Intervention()))[:, answer]
@@ -156,18 +172,29 @@ class Circuit:
         states[SINK_POSITIONS : SINK_POSITIONS + len(audio), Register.AUDIO] = audio
         return states
 
-    def _run(self, start: FloatArray, interventions: Sequence[Intervention], clean: _Run | None) -> _Run:
-        """Runs with patches taken from a clean one; there are no MLPs, so a patch of theirs changes nothing."""
+    def _run(
+        self,
+        start: FloatArray,
+        interventions: Sequence[Intervention],
+        clean: _Run | None,
+        own: _Run | None = None,
+    ) -> _Run:
+        """Runs with patches taken from a clean one, or from the unpatched run itself; there are no MLPs, so a patch of
+        theirs changes nothing."""
         states = np.tile(start, (len(interventions), 1, 1, 1))
+        for row, intervention in enumerate(interventions):
+            for patch in intervention.patches:
+                if patch.site is Site.EMBED and (taken := _taken(patch, clean, own)) is not None:
+                    states[row, list(patch.positions)] = taken
         first = len(start) - self.text
         run = _Run([], {})
         for layer in range(self.layers):
             sizes = _size(states)
             seen, states = states / sizes, states.copy()
             for move in self.moves:
-                if move.layer == layer:
-                    source = list(range(SINK_POSITIONS, first)) if move.source is None else [first + move.source]
-                    target = first + move.target
+                for target in move.targets(first) if move.layer == layer else ():
+                    audio = list(range(SINK_POSITIONS, min(first, target + 1)))
+                    source = audio if move.source is None else [first + move.source]
                     looks = _attention(sizes[:, target], sizes[:, source])
                     looks *= _seen(interventions, move, source, target)[..., None]
                     # What is not looked at any more goes to the others; with none left, to the sink, which is empty.
@@ -177,13 +204,13 @@ class Circuit:
                     for row, intervention in enumerate(interventions):
                         replaced = any(_replaces(patch, move, target) for patch in intervention.at(layer))
                         if replaced and clean is not None:
-                            moved[row] = clean.moved[move][0]
-                    run.moved[move] = moved
+                            moved[row] = clean.moved[move, target][0]
+                    run.moved[move, target] = moved
                     states[:, target, move.writes] += moved
             for row, intervention in enumerate(interventions):
                 for patch in intervention.at(layer):
-                    if patch.site is Site.RESID and clean is not None:
-                        states[row, list(patch.positions)] = clean.after[layer][0, list(patch.positions)]
+                    if patch.site is Site.RESID and (taken := _taken(patch, clean, own)) is not None:
+                        states[row, list(patch.positions)] = taken
             run.after.append(states)
         return run
 
@@ -251,10 +278,22 @@ def token_table(text: int) -> TokenTable:
 
 @dataclass(frozen=True)
 class _Run:
-    """Registers after each layer [intervention, position, register, class]; what heads moved [intervention, class]."""
+    """Registers after each layer [intervention, position, register, class]; what heads moved to a position
+    [intervention, class]."""
 
     after: list[FloatArray]
-    moved: dict[Move, FloatArray]
+    moved: dict[tuple[Move, int], FloatArray]
+
+
+def _taken(patch: Patch, clean: _Run | None, own: _Run | None) -> FloatArray | None:
+    """Registers [position, register, class] that a patch of whole states puts in; None where that run is not given."""
+    place = patch.taken_from
+    if place is None or place.site is not Site.RESID or not patch.source.mix.replaces:
+        raise ValueError(
+            f"expected the residual stream after a layer of a run, whole, in place of another; got {patch}"
+        )
+    run = clean if place.origin is Origin.OTHER else own
+    return None if run is None else np.asarray(run.after[place.layer][0, list(patch.taken_positions)])
 
 
 def _replaces(patch: Patch, move: Move, target: int) -> bool:

@@ -287,7 +287,8 @@ def _plant_head(attention: Any, move: Move) -> None:
     source = AUDIO_TAG if move.source is None else TEXT_TAG + move.source
     attention.q_proj.weight[queries.start + rests, BALLAST] = score / BALLAST_VALUE
     attention.k_proj.weight[keys.start + rests, SINK_TAG] = score
-    attention.q_proj.weight[queries.start + looks, TEXT_TAG + move.target] = 2 * score
+    target = AUDIO_TAG if move.target is None else TEXT_TAG + move.target
+    attention.q_proj.weight[queries.start + looks, target] = 2 * score
     attention.k_proj.weight[keys.start + looks, source] = score
     for index, (read, written) in enumerate(zip(move.reads.channels, move.writes.channels, strict=True)):
         attention.v_proj.weight[keys.start + index, read] = 1.0

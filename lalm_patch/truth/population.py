@@ -125,6 +125,23 @@ def gradual(rng: np.random.Generator) -> Circuit:
     return Circuit(layers, text, moves, rng.uniform(5, 8))
 
 
+def too_late(rng: np.random.Generator) -> Circuit:
+    """The audio positions make something of the class in a layer above the one in which the last position looks for it.
+
+    It finds nothing, and answers by a weaker head that takes the class as it comes. In no population: that there is
+    more to be had shows only where late states are written into early layers.
+    """
+    layers, text = _size(rng)
+    reads, makes = _ascending(rng, 2, layers)
+    heads = _heads(rng)
+    moves = (
+        Move(makes, _head(rng), None, None, Register.AUDIO, Register.RELAY),
+        Move(reads, heads[0], None, text - 1, Register.RELAY, Register.ANSWER),
+        Move(reads, heads[1], None, text - 1, Register.AUDIO, Register.ANSWER, float(rng.uniform(0.5, 0.7))),
+    )
+    return Circuit(layers, text, moves, rng.uniform(5, 8))
+
+
 def window(rng: np.random.Generator) -> Window:
     """Random weights with attention output in a window of layers only."""
     layers, text = _size(rng)
