@@ -1,16 +1,14 @@
-"""Teach a small encoder and a Q-Former connector to hear, before a language model is there: the first stages of
-`training.smol`.
+"""What a frozen encoder makes of recordings, and the connector's first stage: heads instead of a language model.
 
-First the encoder alone, on excerpts of three seconds, with linear classifiers on its states. Then encoder and
-connector, on clips padded to the model's window, with heads whose classes are the decoder's own embeddings of the
-options' words: an audio vector that looks like the word is something a frozen language model can already use.
+The heads' classes are the decoder's own embeddings of the options' words: an audio vector that looks like the word is
+something a frozen language model can already use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,113 +18,28 @@ from torch.nn import functional
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lalm_patch.models.native.qformer import DestaConnector
-from training.spectra import excerpt, in_window, masked, normalised, varied
+from training.spectra import in_window, masked, normalised, varied
 from training.stages import Stage
-from training.train import ATTRIBUTES, IGNORED, attributes
+from training.train import ATTRIBUTES, attributes
 
-EXCERPT_FRAMES = 300
-SHARE_MASKED, SHARE_SYNTHETIC = 0.8, 0.2
-EVERY = 300  # steps between looks at clips that are not trained on
-ASKED = (0.2, 0.15, 0.15, 0.5)
+SHARE_MASKED, SHARE_SYNTHETIC = 0.8, 0.15
+DROPOUT = 0.1
+NEAR_WORDS = 0.1  # weight of a squared distance to the options' words; these are about 3 long
+EVERY = 100  # steps between looks at clips that are not trained on
+ASKED = (0.15, 0.25, 0.15, 0.45)
 """How often each attribute is asked, in the order of ATTRIBUTES: what is hard is asked more often."""
 
-
-@dataclass
-class Examples:
-    """Spectra with labels, drawn evenly over classes.
-
-    Attributes:
-        spectra: log10 mel [mel bins, frames] each.
-        labels: index of the right option by attribute, for those that apply.
-    """
-
-    spectra: Sequence[Tensor]
-    labels: Sequence[dict[str, int]]
-    _by_class: dict[str, list[list[int]]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._by_class = {}
-        for name, attribute in attributes().items():
-            classes = [
-                [index for index, labels in enumerate(self.labels) if labels.get(name) == option]
-                for option in range(len(attribute.options))
-            ]
-            self._by_class[name] = [members for members in classes if members]
-
-    def __len__(self) -> int:
-        return len(self.spectra)
-
-    def of(self, name: str) -> list[int]:
-        """Indices of the clips with a label for the attribute."""
-        return sorted(index for members in self._by_class[name] for index in members)
-
-    def draw(self, name: str, rng: np.random.Generator) -> int:
-        """A clip of a random class of the attribute."""
-        classes = self._by_class[name]
-        members = classes[int(rng.integers(len(classes)))]
-        return members[int(rng.integers(len(members)))]
+Shares = dict[str, Tensor]
+"""How probable each option of some attributes is, [options] each."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """Real and synthetic examples; animals are synthetic only."""
-
-    real: Examples
-    synthetic: Examples
-
-    def draw(self, share_synthetic: float, rng: np.random.Generator) -> tuple[str, Tensor, dict[str, int]]:
-        """An attribute, and the spectrum and labels of a clip that has it."""
-        name = str(rng.choice(ATTRIBUTES, p=ASKED))
-        synthetic = rng.random() < share_synthetic or not self.real.of(name)
-        source = self.synthetic if synthetic else self.real
-        index = source.draw(name, rng)
-        return name, source.spectra[index], source.labels[index]
-
-
-class Classifiers(nn.Module):
-    """An encoder with a linear classifier per attribute on the mean and spread of its states over time."""
-
-    def __init__(self, encoder: WhisperEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-        width = encoder.config.d_model
-        self.heads = nn.ModuleDict({n: nn.Linear(2 * width, len(a.options)) for n, a in attributes().items()})
-
-    def forward(self, spectra: Tensor) -> dict[str, Tensor]:
-        """Normalised spectra [clips, mel bins, frames] to logits [clips, options] by attribute."""
-        states = states_of(self.encoder, spectra)[-1]
-        pooled = torch.cat([states.mean(1), states.std(1)], -1)
-        return {name: head(pooled) for name, head in self.heads.items()}
-
-
-class WordHeads(nn.Module):
-    """Encoder and connector; the classes are the embeddings of the options' words in the frozen decoder.
-
-    Every attribute reads a weighted mean of the audio vectors; the weights are learned, and thrown away afterwards.
-
-    Args:
-        encoder: Whisper's.
-        connector: from its states to audio vectors.
-        words: [options, hidden] of every attribute, the embedding of each option's first token.
-    """
-
-    def __init__(self, encoder: WhisperEncoder, connector: DestaConnector, words: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.encoder, self.connector = encoder, connector
-        vectors = connector.layer_weights.shape[0]
-        self.places = nn.ParameterDict({name: nn.Parameter(torch.zeros(vectors)) for name in words})
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        for name, embedded in words.items():
-            self.register_buffer(f"words_{name}", embedded - embedded.mean(0), persistent=False)
-
-    def forward(self, spectra: Tensor) -> dict[str, Tensor]:
-        """Normalised spectra [clips, mel bins, frames of the window] to logits [clips, options] by attribute."""
-        vectors = self.connector(states_of(self.encoder, spectra))
-        logits = {}
-        for name, weights in self.places.items():
-            read = torch.einsum("v,cvh->ch", weights.softmax(0), vectors)
-            logits[name] = self.scale * read @ getattr(self, f"words_{name}").T
-        return logits
+def windowed(spectrum: Tensor, frames: int, rng: np.random.Generator | None = None) -> Tensor:
+    """A clip as the model gets it, [mel bins, frames of the window]; with random numbers, varied and perhaps masked."""
+    if rng is None:
+        return normalised(in_window(spectrum, frames)[0])
+    window, held = in_window(varied(spectrum, rng), frames, rng)
+    window = normalised(window)
+    return masked(window, rng, held) if rng.random() < SHARE_MASKED else window
 
 
 def states_of(encoder: WhisperEncoder, spectra: Tensor) -> list[Tensor]:
@@ -145,101 +58,141 @@ def states_of(encoder: WhisperEncoder, spectra: Tensor) -> list[Tensor]:
     return found
 
 
-def train_encoder(
-    classifiers: Classifiers,
-    material: Material,
-    path: Path,
-    *,
-    steps: int,
-    batch: int,
-    rate: float,
-    seed: int,
-    held_out: Examples,
-) -> Stage:
-    """The first stage: the encoder on excerpts, half synthetic at first and real in the end."""
+@torch.no_grad()
+def taps(encoder: WhisperEncoder, spectrum: Tensor, frames: int, rng: np.random.Generator | None = None) -> Tensor:
+    """[layers, positions, width] float16 of one clip in the window; see `windowed`."""
+    return torch.cat(states_of(encoder, windowed(spectrum, frames, rng)[None])).half()
 
-    def loss(stage: Stage) -> Tensor:
-        spectra, labels = [], []
-        for _ in range(batch):
-            _, spectrum, known = material.draw(0.5 * (1 - stage.step / stage.steps), stage.rng)
-            part = normalised(excerpt(varied(spectrum, stage.rng), EXCERPT_FRAMES, stage.rng))
-            spectra.append(masked(part, stage.rng, EXCERPT_FRAMES) if stage.rng.random() < SHARE_MASKED else part)
-            labels.append(known)
-        return label_loss(classifiers(torch.stack(spectra)), labels)
 
-    stage = Stage(path, classifiers, steps=steps, rate=rate, seed=seed)
-    stage.run(loss, EVERY, lambda: written(accuracy(held_out, partial(in_pieces, classifiers))))
-    return stage
+@dataclass(frozen=True)
+class Heard:
+    """Clips as a frozen encoder hears them.
+
+    Attributes:
+        states: of every clip its `taps`, plain and varied ones, [copies, layers, positions, width].
+        labels: index of the right option, by attribute, for those that apply.
+        answers: what the connector has to say of each clip, for some attributes.
+    """
+
+    states: Sequence[Tensor]
+    labels: Sequence[dict[str, int]]
+    answers: Sequence[Shares]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def of(self, name: str) -> list[int]:
+        """Indices of the clips with a label for the attribute."""
+        return [index for members in self._by_class[name] for index in members]
+
+    def draw(self, name: str, rng: np.random.Generator) -> int:
+        """A clip of a random class of the attribute."""
+        classes = self._by_class[name]
+        members = classes[int(rng.integers(len(classes)))]
+        return members[int(rng.integers(len(members)))]
+
+    @cached_property
+    def _by_class(self) -> dict[str, list[list[int]]]:
+        found = {}
+        for name, attribute in attributes().items():
+            classes: list[list[int]] = [[] for _ in attribute.options]
+            for index, labels in enumerate(self.labels):
+                if name in labels:
+                    classes[labels[name]].append(index)
+            found[name] = [members for members in classes if members]
+        return found
+
+
+@dataclass(frozen=True)
+class Material:
+    """Real and synthetic clips."""
+
+    real: Heard
+    synthetic: Heard
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, Tensor, Shares]:
+        """An attribute, the states [layers, positions, width] of a clip that has it, and what is to be said of it."""
+        name = str(rng.choice(ATTRIBUTES, p=ASKED))
+        source = self.synthetic if not self.real.of(name) or rng.random() < SHARE_SYNTHETIC else self.real
+        index = source.draw(name, rng)
+        copies = source.states[index]
+        return name, copies[int(rng.integers(len(copies)))].float(), source.answers[index]
+
+
+class WordHeads(nn.Module):
+    """A connector; the classes are the embeddings of the options' words in the frozen decoder.
+
+    Every attribute has audio vectors of its own, an equal share of them, whose mean is read.
+
+    Args:
+        connector: from encoder states to audio vectors.
+        words: [options, hidden] of every attribute, the embedding of each option's first token.
+    """
+
+    def __init__(self, connector: DestaConnector, words: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.connector = connector
+        self.names = tuple(words)
+        for name, embedded in words.items():
+            self.register_buffer(f"words_{name}", embedded, persistent=False)
+
+    def words(self, name: str) -> Tensor:
+        """Embeddings of an attribute's options, [options, hidden]."""
+        found: Tensor = getattr(self, f"words_{name}")
+        return found
+
+    def read(self, states: Tensor) -> dict[str, Tensor]:
+        """States [clips, layers, positions, width] to each attribute's vectors [clips, vectors, hidden]."""
+        states = functional.dropout(states, DROPOUT, self.training)
+        vectors = self.connector(list(states.unbind(1)))
+        return dict(zip(self.names, vectors.chunk(len(self.names), 1), strict=True))
+
+    def logits(self, name: str, vectors: Tensor) -> Tensor:
+        """An attribute's vectors [clips, vectors, hidden] to logits [clips, options]."""
+        words = self.words(name)
+        return vectors.mean(1) @ (words - words.mean(0)).T
+
+    def loss(self, states: Tensor, answers: Sequence[Shares]) -> Tensor:
+        """Cross-entropy of all answers, and how far the vectors are from the words they should say."""
+        total = torch.zeros(())
+        for name, vectors in self.read(states).items():
+            rows = [row for row, shares in enumerate(answers) if name in shares]
+            if rows:
+                wanted = torch.stack([answers[row][name] for row in rows])
+                said = vectors[rows]
+                total = total - (wanted * self.logits(name, said).log_softmax(-1)).sum()
+                distance = said - (wanted @ self.words(name))[:, None]
+                total = total + NEAR_WORDS * distance.square().sum(-1).mean(1).sum()
+        return total / len(answers)
 
 
 def train_connector(
-    heads: WordHeads,
-    material: Material,
-    path: Path,
-    *,
-    frames: int,
-    steps: int,
-    batch: int,
-    rate: float,
-    seed: int,
-    held_out: Examples,
+    heads: WordHeads, material: Material, path: Path, *, steps: int, batch: int, rate: float, seed: int, held_out: Heard
 ) -> Stage:
-    """The second stage: encoder and connector on clips in the model's window of so many frames."""
+    """Train on all that is to be said of every clip that is drawn."""
 
     def loss(stage: Stage) -> Tensor:
-        drawn = [material.draw(SHARE_SYNTHETIC, stage.rng) for _ in range(batch)]
-        spectra = torch.stack([windowed(spectrum, frames, stage.rng) for _, spectrum, _ in drawn])
-        return label_loss(heads(spectra), [known for _, _, known in drawn])
+        drawn = [material.draw(stage.rng) for _ in range(batch)]
+        return heads.loss(torch.stack([states for _, states, _ in drawn]), [answers for _, _, answers in drawn])
+
+    def answer(name: str, states: Tensor) -> Tensor:
+        return heads.logits(name, heads.read(states[None])[name])[0]
 
     stage = Stage(path, heads, steps=steps, rate=rate, seed=seed)
-    stage.run(loss, EVERY, lambda: written(accuracy(held_out, partial(whole, heads, frames))))
+    stage.run(loss, EVERY, lambda: written(accuracy(held_out, answer)))
     return stage
 
 
-def windowed(spectrum: Tensor, frames: int, rng: np.random.Generator | None = None) -> Tensor:
-    """A clip as the model gets it, [mel bins, frames]; with random numbers, varied and partly masked."""
-    if rng is None:
-        return normalised(in_window(spectrum, frames)[0])
-    window, held = in_window(varied(spectrum, rng), frames, rng)
-    window = normalised(window)
-    return masked(window, rng, held) if rng.random() < SHARE_MASKED else window
-
-
-def label_loss(logits: dict[str, Tensor], labels: Sequence[dict[str, int]]) -> Tensor:
-    """Cross-entropy of every label that is known, smoothed, per clip."""
-    total = torch.zeros(())
-    for name, values in logits.items():
-        known = torch.tensor([clip.get(name, IGNORED) for clip in labels])
-        if (known != IGNORED).any():
-            total = total + functional.cross_entropy(
-                values, known, ignore_index=IGNORED, reduction="sum", label_smoothing=0.05
-            )
-    return total / len(labels)
-
-
 Answer = Callable[[str, Tensor], Tensor]
+"""From an attribute and a clip's states [layers, positions, width] to a value for every option."""
 
 
-def in_pieces(classifiers: Classifiers, name: str, spectrum: Tensor) -> Tensor:
-    """Log-probabilities [options] of a clip: the mean over its overlapping excerpts."""
-    starts = range(0, max(1, spectrum.shape[1] - EXCERPT_FRAMES // 2), EXCERPT_FRAMES // 2)
-    rng = np.random.default_rng(0)  # an excerpt of what is as long, or shorter, is not random
-    pieces = [normalised(excerpt(spectrum[:, start : start + EXCERPT_FRAMES], EXCERPT_FRAMES, rng)) for start in starts]
-    return classifiers(torch.stack(pieces))[name].log_softmax(-1).mean(0)
-
-
-def whole(heads: WordHeads, frames: int, name: str, spectrum: Tensor) -> Tensor:
-    """Logits [options] of a clip in the window."""
-    return heads(windowed(spectrum, frames)[None])[name][0]
-
-
-def accuracy(examples: Examples, answer: Answer) -> dict[str, tuple[float, int]]:
+def accuracy(heard: Heard, answer: Answer) -> dict[str, tuple[float, int]]:
     """Share of clips whose largest value is the right option's, and their number, by attribute."""
     found = {}
     for name in ATTRIBUTES:
-        which = examples.of(name)
-        if which:
-            right = [int(answer(name, examples.spectra[i]).argmax()) == examples.labels[i][name] for i in which]
+        if which := heard.of(name):
+            right = [int(answer(name, heard.states[i][0].float()).argmax()) == heard.labels[i][name] for i in which]
             found[name] = (float(np.mean(right)), len(which))
     return found
 

@@ -1,4 +1,5 @@
-"""How well demos hear, through the package's own path: `python -m training.measure demo demo_voxtral demo_desta`."""
+"""How well models hear, through the package's own path: `python -m training.measure demo demo_voxtral demo_desta`, or
+`python -m training.measure smol --recordings SAKURA --list LIST.csv`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from lalm_patch.config import compose
 from lalm_patch.models import LALM
 from lalm_patch.stimuli import Prompt, load_demo
 from training.corpus import Clip, clips
+from training.recordings import recordings
 from training.train import ATTRIBUTES, attributes
 
 Shares = dict[str, tuple[float, int]]
@@ -117,14 +120,53 @@ def measure(model: str, seed: int = 0) -> str:
     return "\n".join(lines)
 
 
+def of_recordings(model: str, clips_of_attributes: Sequence[Clip]) -> str:
+    """Table of a model's accuracy on labelled recordings by attribute and class, with what silence is answered with."""
+    lalm = LALM.load(compose(f"model={model}").model)
+    lines = [
+        "| attribute | right | of | by class | chance | silence is answered |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, attribute in attributes().items():
+        by_class = {}
+        for option in attribute.options:
+            chosen = [clip for clip in clips_of_attributes if clip.labels.get(name) == option]
+            if chosen:
+                by_class[option] = heard(lalm, chosen, silence=False)[0][name]
+        total = sum(number for _, number in by_class.values())
+        right = sum(share * number for share, number in by_class.values())
+        classes = ", ".join(f"{option} {share * number:.0f}/{number}" for option, (share, number) in by_class.items())
+        said = ", ".join(f"{option} {share:.2f}" for option, share in silence_answers(lalm, name).items())
+        chance = 100 / len(attribute.options)
+        lines.append(f"| {name} | {100 * right / total:.1f} % | {total} | {classes} | {chance:.1f} % | {said} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def silence_answers(lalm: LALM, name: str) -> dict[str, float]:
+    """How probable each option's first token is, over the whole vocabulary, when two seconds of silence are played."""
+    prompt = Prompt.from_attribute(attributes()[name])
+    _, inputs = lalm.inputs(np.zeros(32_000, np.float32), prompt, "chat")
+    likely = lalm.module(**inputs).logits[0, -1].softmax(-1)
+    targets = lalm.target_ids(prompt, "chat")
+    return {option: float(likely[token]) for option, token in zip(attributes()[name].options, targets, strict=True)}
+
+
 def main() -> None:
-    """Print a table per demo."""
+    """Print a table per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="names under conf/model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recordings", type=Path, help="a copy of SAKURA: measure on its clips, not on synthetic ones")
+    parser.add_argument("--list", type=Path, help="which of its clips: attr,file,label,part")
+    parser.add_argument("--part", default="validation", help="of the list")
     options = parser.parse_args()
     for model in options.models:
-        print(f"{model}\n\n{measure(model, options.seed)}\n")
+        if options.recordings is None:
+            table = measure(model, options.seed)
+        else:
+            table = of_recordings(model, recordings(options.recordings, options.list, options.part, ATTRIBUTES))
+        print(f"{model}\n\n{table}\n")
 
 
 if __name__ == "__main__":

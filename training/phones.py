@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from training.corpus import Clip
-from training.hearing import EVERY, Examples, states_of, windowed
+from training.hearing import states_of, windowed
 from training.speech import LANGUAGES, synthesiser
 from training.stages import Stage
 
@@ -54,7 +54,7 @@ class PhoneReader(nn.Module):
 
 def train_phones(
     reader: PhoneReader,
-    speech: Examples,
+    spectra: Sequence[Tensor],
     phones: Sequence[Sequence[int]],
     path: Path,
     *,
@@ -63,20 +63,20 @@ def train_phones(
     rate: float,
     seed: int,
 ) -> Stage:
-    """Train on clips with phones; the window is as long as the longest varied clip needs."""
+    """Train on clips, by spectra and the numbers of their phones, in a window as long as the longest varied clip."""
     which = [index for index, spelled in enumerate(phones) if spelled]
-    frames = int(1.2 * max(speech.spectra[index].shape[1] for index in which)) // 2 * 2
+    frames = int(1.2 * max(spectra[index].shape[1] for index in which)) // 2 * 2
 
     def loss(stage: Stage) -> Tensor:
         chosen = [which[int(place)] for place in stage.rng.integers(len(which), size=batch)]
-        spectra = torch.stack([windowed(speech.spectra[index], frames, stage.rng) for index in chosen])
+        windows = torch.stack([windowed(spectra[index], frames, stage.rng) for index in chosen])
         spelled = [torch.tensor(phones[index]) for index in chosen]
         lengths = torch.tensor([len(each) for each in spelled])
-        found = reader(spectra)
+        found = reader(windows)
         held = torch.full((batch,), len(found))
         lost = functional.ctc_loss(found, torch.cat(spelled), held, lengths, reduction="none", zero_infinity=True)
         return (lost / lengths).mean()
 
     stage = Stage(path, reader, steps=steps, rate=rate, seed=seed)
-    stage.run(loss, EVERY)
+    stage.run(loss)
     return stage

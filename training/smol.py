@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Qwen2AudioForConditionalGeneration, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -27,11 +29,13 @@ from lalm_patch.models.native.qformer import DestaConnector
 from lalm_patch.models.packaged import packaged_weights
 from training.checkpoints import save_connector
 from training.corpus import Clip, clips
-from training.hearing import Classifiers, Examples, Material, WordHeads, train_connector, train_encoder
+from training.hearing import Heard, Material, WordHeads, taps, train_connector
 from training.model import MEL_BINS
+from training.phones import PhoneReader, as_numbers, spoken_phones, train_phones
 from training.recordings import recordings
 from training.speaking import Decoder, train_answers, word_embeddings
-from training.spectra import log_mel
+from training.spectra import FLOOR, log_mel
+from training.teacher import Teacher, pooled, several
 from training.train import ATTRIBUTES, attributes
 
 log = logging.getLogger("training")
@@ -42,6 +46,12 @@ PLACEHOLDER = "<empty_output>"
 SECONDS = 12
 WIDTH, LAYERS, HEADS = 128, 4, 4
 VECTORS = 16
+COPIES = 4
+"""Varied copies of every real recording."""
+EVERY_SYNTHETIC = 4
+"""One in so many of the synthesised sentences is in the connector's training; all are in the encoder's."""
+PHONE_STEPS, CONNECTOR_STEPS, ANSWER_STEPS = (900, 1200), 1500, 150
+PARTS = ("train", "validation")
 TRAINED_ON = ("emotion", "gender", "language")
 """Attributes with real recordings in the training; those of animals may not be used commercially and are left out."""
 
@@ -49,15 +59,6 @@ TRAINED_ON = ("emotion", "gender", "language")
 def extractor() -> WhisperFeatureExtractor:
     """The feature extractor that ships with the model."""
     return WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=SECONDS)
-
-
-def examples(material: Iterable[Clip], shaped: WhisperFeatureExtractor) -> Examples:
-    """Spectra and labels of clips."""
-    spectra, labels = [], []
-    for clip in material:
-        spectra.append(log_mel(clip.waveform, shaped))
-        labels.append({name: attributes()[name].options.index(label) for name, label in clip.labels.items()})
-    return Examples(spectra, labels)
 
 
 def fresh_encoder(seed: int) -> WhisperEncoder:
@@ -126,9 +127,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for spectra and the stages' states")
     parser.add_argument("--out", type=Path, default=SMOL, help="folder for connector/ and whisper/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--speech", type=int, default=6000, help="synthetic clips of speech")
+    parser.add_argument("--clips-seed", type=int, default=8, help="of the synthetic clips")
+    parser.add_argument("--speech", type=int, default=8000, help="synthetic clips of speech")
     parser.add_argument("--animals", type=int, default=1800, help="synthetic clips of animals")
-    parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1000, 600), help="of the three stages")
+    parser.add_argument("--development", action="store_true", help="look at a fifth of the training clips instead")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -140,51 +142,43 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     """Train and save."""
     started = time.monotonic()
-    shaped = extractor()
-    material = Material(
-        examples(recordings(options.recordings, options.list, "train", TRAINED_ON), shaped),
-        examples(_synthetic(options), shaped),
-    )
-    # Looked at in the log only: no choice is made by it while training.
-    held_out = examples(recordings(options.recordings, options.list, "validation", ATTRIBUTES), shaped)
-    log.info("%d real, %d synthetic clips", len(material.real), len(material.synthetic))
-    first, second, third = options.steps
-    seed = options.seed
-    encoder = fresh_encoder(seed)
-    train_encoder(
-        Classifiers(encoder),
-        material,
-        options.work / "encoder.pt",
-        steps=first,
-        batch=32,
-        rate=1e-3,
-        seed=seed,
-        held_out=held_out,
-    )
+    shaped, frames, work, seed = extractor(), 100 * SECONDS, options.work, options.seed
+
+    synthetic = _synthetic(options)
+    spectra = [log_mel(clip.waveform, shaped) for clip in synthetic]
+    numbers, symbols = as_numbers(spoken_phones(synthetic))
+    reader = PhoneReader(fresh_encoder(seed), symbols)
+    for turn, steps in enumerate(PHONE_STEPS):
+        train_phones(reader, spectra, numbers, work / f"phones{turn}.pt", steps=steps, batch=24, rate=1e-3, seed=turn)
+    encoder = reader.encoder.eval().requires_grad_(False)
+    clips_of = {part: recordings(options.recordings, options.list, part, ATTRIBUTES) for part in PARTS}
+    real = [clip for clip in clips_of["train"] if not clip.labels.keys() - set(TRAINED_ON)]
+    looked_at = clips_of["validation"]
+    if options.development:  # the validation clips stay unheard
+        real, looked_at = [c for c in real if not _left_out(c)], [c for c in real if _left_out(c)]
+    path = work / "heard.pt"
+    if not path.is_file():
+        torch.save(_heard(encoder, real, synthetic, spectra, looked_at, frames, seed), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    material, held_out = torch.load(path, weights_only=False)
+    log.info("%d real, %d synthetic clips, %d looked at", len(real), len(material.synthetic), len(looked_at))
+    silence = taps(encoder, torch.full((MEL_BINS, frames), FLOOR), frames).float()
     decoder = frozen_decoder()
     connector = fresh_connector(decoder.model.config.hidden_size, seed)
-    frames = 100 * SECONDS
+    heads = WordHeads(connector, word_embeddings(decoder))
     train_connector(
-        WordHeads(encoder, connector, word_embeddings(decoder)),
-        material,
-        options.work / "connector.pt",
-        frames=frames,
-        steps=second,
-        batch=16,
-        rate=5e-4,
-        seed=seed,
-        held_out=held_out,
+        heads, material, work / "connector.pt", steps=CONNECTOR_STEPS, batch=24, rate=1e-3, seed=seed, held_out=held_out
     )
+    path = work / "answers.pt"
     train_answers(
         connector,
-        encoder,
         decoder,
         material,
-        options.work / "answers.pt",
-        frames=frames,
-        steps=third,
+        silence,
+        path,
+        steps=ANSWER_STEPS,
         batch=16,
-        rate=2e-4,
+        rate=3e-4,
         seed=seed,
         held_out=held_out,
     )
@@ -192,17 +186,76 @@ def make(options: argparse.Namespace) -> None:
     log.info("trained after %.1f min", (time.monotonic() - started) / 60)
 
 
+def group(clip: Clip) -> str:
+    """Clips of one speaker, where the file's name tells the speaker (CREMA-D's does)."""
+    return clip.voice.partition("_")[0] if "emotion" in clip.labels else clip.voice
+
+
+def _left_out(clip: Clip) -> bool:
+    return zlib.crc32(group(clip).encode()) % 5 == 0
+
+
+def _labels(clip: Clip) -> dict[str, int]:
+    return {name: attributes()[name].options.index(label) for name, label in clip.labels.items()}
+
+
+def _heard(
+    encoder: WhisperEncoder,
+    real: Sequence[Clip],
+    synthetic: Sequence[Clip],
+    spectra: Sequence[Tensor],
+    looked_at: Sequence[Clip],
+    frames: int,
+    seed: int,
+) -> tuple[Material, Heard]:
+    """What the encoder hears of the clips, and what the teacher says of them."""
+    shaped, rng = extractor(), np.random.default_rng([seed, 1])
+    real_spectra = [log_mel(clip.waveform, shaped) for clip in real]
+    labels = [_labels(clip) for clip in real]
+    features = [several(encoder, spectrum, frames, COPIES, rng) for spectrum in real_spectra]
+    teacher = Teacher.taught(features, labels, [group(clip) for clip in real])
+    log.info("teacher, clips of other groups: %s", {name: round(share, 3) for name, share in teacher.accuracy.items()})
+    answers = [teacher.shares(*each, index) for index, each in enumerate(zip(features, labels, strict=True))]
+    states = [_copies(encoder, spectrum, frames, COPIES, rng) for spectrum in real_spectra]
+    log.info("real clips are heard")
+    some = [index for index, clip in enumerate(synthetic) if "animal" in clip.labels or index % EVERY_SYNTHETIC == 0]
+    of_synthetic = []
+    for index in some:
+        known = _labels(synthetic[index])
+        said = teacher.shares(pooled(encoder, spectra[index])[None], {}) if "animal" not in known else {}
+        truth = {
+            name: functional.one_hot(torch.tensor(known[name]), len(attributes()[name].options)).float()
+            for name in known
+            if name == "animal"
+        }
+        of_synthetic.append((_copies(encoder, spectra[index], frames, 1, rng), known, said | truth))
+    log.info("synthetic clips are heard")
+    plain = [taps(encoder, log_mel(clip.waveform, shaped), frames)[None] for clip in looked_at]
+    return (
+        Material(Heard(states, labels, answers), Heard(*map(list, zip(*of_synthetic, strict=True)))),
+        Heard(plain, [_labels(clip) for clip in looked_at], [{} for _ in looked_at]),
+    )
+
+
+def _copies(encoder: WhisperEncoder, spectrum: Tensor, frames: int, copies: int, rng: np.random.Generator) -> Tensor:
+    """`taps` of a clip as it is and of varied ones: [1 + copies, layers, positions, width]."""
+    return torch.stack(
+        [taps(encoder, spectrum, frames), *(taps(encoder, spectrum, frames, rng) for _ in range(copies))]
+    )
+
+
 def _synthetic(options: argparse.Namespace) -> list[Clip]:
     """Synthesised clips, from the work folder if they are there."""
-    path = options.work / f"synthetic-{options.speech}-{options.animals}-{options.seed}.pt"
+    path = options.work / f"synthetic-{options.speech}-{options.animals}-{options.clips_seed}.pt"
     if not path.is_file():
-        made = list(clips("train", options.speech, options.animals, options.seed, processes=options.threads))
-        stored: list[tuple[Tensor, dict[str, str]]] = [
-            (torch.from_numpy(np.round(clip.waveform * 32767).astype(np.int16)), clip.labels) for clip in made
+        made = list(clips("train", options.speech, options.animals, options.clips_seed, processes=options.threads))
+        stored: list[tuple[Tensor, dict[str, str], str, str]] = [
+            (torch.from_numpy((clip.waveform * 32767).astype(np.int16)), clip.labels, clip.voice, clip.text)
+            for clip in made
         ]
         torch.save(stored, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
-    return [Clip(samples.numpy().astype(np.float32) / 32767, labels, "") for samples, labels in torch.load(path)]
+    return [Clip(samples.numpy().astype(np.float32) / 32767, *rest) for samples, *rest in torch.load(path)]
 
 
 if __name__ == "__main__":

@@ -6,20 +6,18 @@ bfloat16, and what stands before the audio, the same in every prompt, is compute
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaForCausalLM
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lalm_patch.models import Family
+from lalm_patch.models.cache_keyword import cache_keyword
 from lalm_patch.models.native.qformer import DestaConnector
 from training.answers import question_ids
-from training.hearing import EVERY, SHARE_SYNTHETIC, Examples, Material, accuracy, states_of, windowed, written
-from training.spectra import FLOOR
+from training.hearing import EVERY, Heard, Material, accuracy, written
 from training.stages import Stage
 from training.train import ATTRIBUTES, SHARE_OTHER_LAYOUT, SHARE_SILENT, attributes
 
@@ -27,31 +25,27 @@ SHARE_SHUFFLED = 0.5
 LAYOUTS = ("chat", "user")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A prompt behind its audio: ids, and how probable every token of the vocabulary should be."""
-
-    ids: list[int]
-    answer: dict[int, float]
-
-
 class Decoder:
     """The frozen decoder with the prompt's beginning already read.
 
     Args:
-        model: the pretrained decoder, any precision.
+        model: the pretrained decoder.
         family: makes the prompts; their audio is at the same places whatever is asked.
         audio_id: the token that holds these places.
+        dtype: what it computes in.
     """
 
-    def __init__(self, model: LlamaForCausalLM, family: Family, audio_id: int) -> None:
-        self.model = model.to(torch.bfloat16).eval().requires_grad_(False)
+    def __init__(
+        self, model: LlamaForCausalLM, family: Family, audio_id: int, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.model = model.to(dtype).eval().requires_grad_(False)
         self.family = family
         ids = question_ids(family, "gender", "chat", None, None, "")
         self._first = ids.index(audio_id)
         self._after = len(ids) - ids[::-1].index(audio_id)
         with torch.no_grad():
-            read = model.model(torch.tensor([ids[: self._first]]), use_cache=True).past_key_values
+            read = DynamicCache()
+            self._run(read, input_ids=torch.tensor([ids[: self._first]]))
         self._read = [(layer.keys, layer.values) for layer in read.layers]
 
     def targets(self, name: str) -> list[int]:
@@ -60,12 +54,9 @@ class Decoder:
         options = attributes()[name].options
         return [question_ids(self.family, name, "chat", None, None, f" {option}")[plain] for option in options]
 
-    def row(self, name: str, layout: str, order: int | None, label: int | None) -> Row:
-        """A question; without a label (nothing is heard) all options are equally right."""
-        targets = self.targets(name)
-        wanted = targets if label is None else [targets[label]]
-        ids = question_ids(self.family, name, layout, order, None, "")[self._after :]
-        return Row(ids, dict.fromkeys(wanted, 1 / len(wanted)))
+    def row(self, name: str, layout: str = "chat", order: int | None = None) -> list[int]:
+        """Ids of a question behind its audio; `order` seeds a shuffled list of options."""
+        return question_ids(self.family, name, layout, order, None, "")[self._after :]
 
     def logits(self, rows: list[list[int]], audio: Tensor) -> Tensor:
         """Logits [rows, vocabulary] at each row's end, after audio vectors [rows, positions, hidden]."""
@@ -79,51 +70,52 @@ class Decoder:
         for layer, (keys, values) in enumerate(self._read):
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
         place = self._first + torch.arange(states.shape[1])[None]
-        states = self.model.model(inputs_embeds=states, past_key_values=cache, position_ids=place).last_hidden_state
+        states = self._run(cache, inputs_embeds=states, position_ids=place)
         lasts = states[torch.arange(len(rows)), audio.shape[1] + ends]
         return self.model.lm_head(lasts).float()
+
+    def _run(self, cache: DynamicCache, **inputs: Tensor) -> Tensor:
+        layers = self.model.model
+        found: Tensor = layers(**inputs, **{cache_keyword(layers.forward): cache}, use_cache=True).last_hidden_state
+        return found
 
 
 def train_answers(
     connector: DestaConnector,
-    encoder: WhisperEncoder,
     decoder: Decoder,
     material: Material,
+    silence: Tensor,
     path: Path,
     *,
-    frames: int,
     steps: int,
     batch: int,
     rate: float,
     seed: int,
-    held_out: Examples,
+    held_out: Heard,
 ) -> Stage:
-    """Train the connector through the decoder on questions about clips, and now and then about silence."""
-    encoder.eval().requires_grad_(False)
-    silence = torch.full((encoder.config.num_mel_bins, frames), FLOOR)
+    """Train the connector through the decoder on questions about clips, and now and then about silence.
+
+    Nothing is to be heard in silence, states [layers, positions, width]: there all options are equally right.
+    """
 
     def loss(stage: Stage) -> Tensor:
-        rows, spectra = [], []
-        for _ in range(batch):
-            name, spectrum, known = material.draw(SHARE_SYNTHETIC, stage.rng)
+        rows, states, wanted = [], [], torch.zeros(batch, decoder.model.config.vocab_size)
+        for index in range(batch):
+            name, heard, answers = material.draw(stage.rng)
+            shares = answers[name]
+            if stage.rng.random() < SHARE_SILENT:
+                heard, shares = silence, torch.full_like(shares, 1 / len(shares))
             layout = LAYOUTS[int(stage.rng.random() < SHARE_OTHER_LAYOUT)]
             order = int(stage.rng.integers(1000)) if stage.rng.random() < SHARE_SHUFFLED else None
-            silent = stage.rng.random() < SHARE_SILENT
-            rows.append(decoder.row(name, layout, order, None if silent else known[name]))
-            spectra.append(windowed(silence, frames) if silent else windowed(spectrum, frames, stage.rng))
-        with torch.no_grad():
-            states = states_of(encoder, torch.stack(spectra))
-        logits = decoder.logits([row.ids for row in rows], connector(states))
-        wanted = torch.zeros_like(logits)
-        for index, row in enumerate(rows):
-            for token, share in row.answer.items():
-                wanted[index, token] = share
-        return functional.cross_entropy(logits, wanted, label_smoothing=0.0)
+            rows.append(decoder.row(name, layout, order))
+            states.append(heard)
+            wanted[index, decoder.targets(name)] = shares
+        logits = decoder.logits(rows, connector(list(torch.stack(states).unbind(1))))
+        return functional.cross_entropy(logits, wanted)
 
-    def answer(name: str, spectrum: Tensor) -> Tensor:
-        vectors = connector(states_of(encoder, windowed(spectrum, frames)[None]))
-        row = decoder.row(name, "chat", None, None)
-        return decoder.logits([row.ids], vectors)[0, decoder.targets(name)]
+    def answer(name: str, states: Tensor) -> Tensor:
+        logits = decoder.logits([decoder.row(name)], connector(list(states[None].unbind(1))))
+        return logits[0, decoder.targets(name)]
 
     stage = Stage(path, nn.ModuleDict({"connector": connector}), steps=steps, rate=rate, seed=seed)
     stage.run(loss, EVERY, lambda: written(accuracy(held_out, answer)))

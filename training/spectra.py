@@ -13,7 +13,6 @@ from torch.nn import functional
 from transformers import WhisperFeatureExtractor
 
 FLOOR = -10.0  # log10 of what digital silence becomes in Whisper's extractor
-FRAMES_PER_SECOND = 100
 
 
 def log_mel(waveform: np.ndarray, extractor: WhisperFeatureExtractor) -> Tensor:
@@ -59,19 +58,11 @@ def masked(spectrum: Tensor, rng: np.random.Generator, frames: int) -> Tensor:
     return spectrum
 
 
-def excerpt(spectrum: Tensor, frames: int, rng: np.random.Generator) -> Tensor:
-    """`frames` of it from a random place; what is shorter is repeated."""
-    length = spectrum.shape[1]
-    if length < frames:
-        return spectrum.repeat(1, -(-frames // length))[:, :frames]
-    start = int(rng.integers(0, length - frames + 1))
-    return spectrum[:, start : start + frames]
-
-
 def in_window(spectrum: Tensor, frames: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
     """Padded with silence to the window, [mel bins, frames], and how many frames are the clip's; of what is longer, a
     random stretch, or the beginning."""
     if spectrum.shape[1] > frames:
-        spectrum = spectrum[:, :frames] if rng is None else excerpt(spectrum, frames, rng)
+        start = 0 if rng is None else int(rng.integers(0, spectrum.shape[1] - frames + 1))
+        spectrum = spectrum[:, start : start + frames]
     held = spectrum.shape[1]
     return functional.pad(spectrum, (0, frames - held), value=FLOOR), held

@@ -65,7 +65,9 @@ EMOTIONS = {
 
 _RATE, _PITCH, _RANGE, _WORDGAP = 1, 3, 4, 7  # espeak_PARAMETER
 _RETRIEVAL, _CHARS_UTF8, _IPA = 1, 1, 2
-_NOT_PHONES = re.compile(r"[\u02c8\u02cc\u02d0\u02d1\u2021\u2020'.,|0-9\u02e5-\u02e9-]|\([a-z-]+\)")  # stress, length, tones, voices
+_NOT_PHONES = re.compile(
+    r"[\u02c8\u02cc\u02d0\u02d1\u2021\u2020'.,|0-9\u02e5-\u02e9-]|\([a-z-]+\)"
+)  # stress, length, tones, voices
 
 
 class Synthesiser:
