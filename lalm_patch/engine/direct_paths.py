@@ -14,7 +14,7 @@ It shares nothing with replay's arithmetic: no sum is formed of single differenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -69,23 +69,40 @@ def edge_attention(inputs: AttentionInputs, edges: Edges) -> Tensor:
         heads, length, _ = keys.shape
         for head in range(heads):
             for position in range(length):
+                mine = [each for each in reached if _concerns(each[0], head, position)]
+                if not mine:
+                    continue
                 query, own_keys, own_values = inputs.query[0, head, position], keys[head].clone(), values[head].clone()
-                for receiver, changed in reached:
-                    if receiver.head not in (None, head):
-                        continue
+                for receiver, changed in mine:
                     if receiver.input is Input.QUERY and position in changed:
                         query = other_query[head, position]
-                    seen = receiver.seen_by is None or position in receiver.seen_by
-                    if receiver.input is Input.KEY and seen:
+                    if receiver.input is Input.KEY:
                         own_keys[list(changed)] = other_keys[head, list(changed)]
-                    if receiver.input is Input.VALUE and seen:
+                    if receiver.input is Input.VALUE:
                         own_values[list(changed)] = other_values[head, list(changed)]
                 scores = (own_keys[: position + 1] @ query * inputs.scale).float()
                 out[head, position] = scores.softmax(-1).to(own_values.dtype) @ own_values[: position + 1]
     return out.transpose(0, 1)[None]
 
 
+def _concerns(receiver: Receiver, head: int, position: int) -> bool:
+    """Whether a receiver is asked about by a head's query at a position."""
+    return receiver.head in (None, head) and (receiver.seen_by is None or position in receiver.seen_by)
+
+
 register_attention(ATTENTION_NAME, edge_attention, argument="edges", ignores_mask=True)
+
+
+def direct_passes(cells: Iterable[Intervention]) -> int:
+    """Forward passes that cells take, paths among them, besides those of the two runs that are shared by all."""
+    total, reads = 0, False
+    for cell in cells:
+        total += 1
+        if cell.path is not None:
+            by_head = {receiver.layer for receiver in cell.path.receivers if receiver.input is not Input.RESID}
+            reading = sum(sender.reads is not None for sender in cell.path.senders)
+            total, reads = total + 1 + reading + len(by_head), reads or reading > 0
+    return total + reads
 
 
 class DirectPaths:

@@ -21,6 +21,7 @@ from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, make_grid, patched_layers, place_in
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
+from lalm_patch.interventions.ways import check_way
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import make_pair, passes, prove
 from lalm_patch.settings import RunSettings
@@ -96,6 +97,8 @@ class Tracer:
         self.rounding: Rounding
         example = self._open(replace(fixed, transcript=self.transcripts.example))
         check_present(self.place.edges, example.segments)
+        if self.place.receivers:
+            check_way(self.place.way, example.segments)
         grid = self.grid(example)
         self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)

@@ -1,0 +1,152 @@
+"""granularity=path: its grid by both engines, planted truths, and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import load
+from test_engines import TOLERANCE, encodings, likely_tokens
+from test_paths import FAMILIES
+
+import lalm_patch
+from lalm_patch.analysis import about, planted_window
+from lalm_patch.checks import from_json
+from lalm_patch.engine import DirectEngine, ReplayEngine
+from lalm_patch.errors import ConfigError
+from lalm_patch.interventions.grids import Place, make_grid, window_starts
+from lalm_patch.interventions.patches import Site
+from lalm_patch.models import LALM
+from lalm_patch.run import dry_run
+from lalm_patch.stimuli import Prompt
+
+pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_family(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> LALM:
+    """A tiny model of each of the five families."""
+    folders = checkpoints if request.param in checkpoints else request.getfixturevalue("native_folders")
+    return load(folders[request.param], request.param)
+
+
+def place_of(lalm: LALM, way: str, window: int = 1) -> Place:
+    layers = lalm.num_layers
+    return Place(Site.ATTN, window, layers, lalm.num_heads, way=way, receivers=tuple(range(0, layers, window)))
+
+
+@pytest.mark.parametrize("way", ["audio-object-last", "audio-last", "early-object"])
+def test_replay_equals_direct_on_random_cells(any_family: LALM, prompt: Prompt, way: str) -> None:
+    clean, corrupted = encodings(any_family, prompt)
+    ids = likely_tokens(any_family, clean, corrupted)
+    window = 2 if way == "audio-last" else 1
+    grid = make_grid("path", clean.tokens, range(0, any_family.num_layers, window), place_of(any_family, way, window))
+    leading = np.flatnonzero([not cell.idle for cell in grid.cells])
+    few = grid.chosen(np.random.default_rng(0).choice(leading, min(3, len(leading)), replace=False))
+    source, target = (corrupted, clean) if way == "early-object" else (clean, corrupted)
+    engine = ReplayEngine(any_family)
+    slow = DirectEngine(any_family).sweep(source, target, few, ids)
+    fast = engine.sweep(source, target, grid, ids)
+    np.testing.assert_allclose(fast.probabilities[few.coords["cell"]], slow.probabilities, atol=TOLERANCE)
+    unpatched = engine.base(source, target, ids)
+    assert np.abs(slow.option_logits - unpatched.option_logits[1]).max() > 1e-5
+    idle = np.flatnonzero([cell.idle for cell in grid.cells])
+    if window == 1:
+        assert len(idle) == grid.shape[0] * (grid.shape[0] + 1) // 2
+    expected = np.tile(unpatched.option_logits[1], (len(idle), 1))
+    np.testing.assert_array_equal(fast.option_logits[idle], expected)
+
+
+def test_windows_begin_side_by_side() -> None:
+    place = Place(Site.ATTN, 3, 8)
+    assert window_starts(place, None) == (0, 3, 6)
+    assert window_starts(place, [-1, 0]) == (0, 7)
+    with pytest.raises(ConfigError, match=r"granularity\.receivers=\[9\]: the model has decoder layers 0 to 7"):
+        window_starts(place, [9], "granularity.receivers")
+
+
+RUN = ("attr=gender", "data.limit=6", "engine.spot_checks=4", "granularity=path", "site=attn")
+RUNS = {
+    "passed on": ("granularity.path=audio-object-last",),
+    "straight": ("granularity.path=audio-last", "site.window=2", "direction=noising"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lalm_patch.RunOutcome]:
+    """A run of each kind on the demo."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: lalm_patch.trace(*RUN, *own, f"outputs={folder}") for name, own in RUNS.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_are_labelled_checked_drawn_and_summed_up(outcomes: dict[str, lalm_patch.RunOutcome], name: str) -> None:
+    outcome = outcomes[name]
+    dataset = outcome.dataset
+    assert dataset is not None
+    assert dataset["recovery_rate"].dims == ("sample", "layer", "receiver_layer")
+    assert dataset["layer"].attrs["long_name"].startswith("written in layer")
+    checks = {check.name: check for check in from_json(dataset.attrs["checks"])}
+    assert checks["replay_equals_direct"].value < TOLERANCE
+    assert {"replay_at_load", "site_adds_up", "noise_floor"} <= set(checks)
+    assert all(check.passed for check in checks.values())
+    kept = dataset["recovery_rate"].where(dataset["kept"], drop=True)
+    assert np.isfinite(kept.values).all()
+    written, read = np.meshgrid(dataset["layer"], dataset["receiver_layer"] + about(dataset).window - 1, indexing="ij")
+    assert (kept.values[:, read <= written] == 0).all()
+    assert {"figure.png", "figure.csv"} <= {path.name for path in outcome.files}
+    assert "\npath     path audio-" in outcome.summary
+
+
+def test_what_the_runs_say_of_the_demo(outcomes: dict[str, lalm_patch.RunOutcome]) -> None:
+    """Attention is planted in some layers alone: nothing is written or read elsewhere."""
+    dataset = outcomes["passed on"].dataset
+    assert dataset is not None
+    window = planted_window(dataset)
+    assert window is not None
+    mean = dataset["recovery_rate"].where(dataset["kept"]).mean("sample")
+    inside = (mean["layer"] >= window[0]) & (mean["receiver_layer"] < window[1])
+    assert float(np.abs(mean.where(inside)).max()) > 1e-3
+    assert float(np.abs(mean.where(~inside)).max()) < 1e-5
+    assert about(dataset).title == "demo, gender, path audio-object-last of the corrupted run"
+
+
+def test_the_dry_run_says_what_paths_cost() -> None:
+    asked = ("granularity=path", "site=attn", "attr=gender", "dry_run=true")
+    page = dry_run(lalm_patch.compose(*asked))
+    assert "grid     path: 8 x 8 = 64 cells per clip" in page
+    assert "paths    28 of 64 cells lead somewhere, the others are 0 by definition; 7 senders" in page
+    direct = dry_run(lalm_patch.compose(*asked, "engine=direct"))
+    assert "259 forward passes per clip" in direct  # 2 + 1 + 64 cells of 4
+    wide = dry_run(lalm_patch.compose(*asked, "site.window=4"))
+    assert "grid     path: 2 x 2 = 4 cells per clip" in wide
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("granularity=layer", "+granularity.path=object-last"), r"granularity\.path goes with granularity=path"),
+        (("granularity=path",), "expected site=attn, got site=resid"),
+        (("granularity=path", "site=attn", "engine=attribution"), "use engine=auto"),
+        (("granularity=path", "site=attn", "backend=ndif"), "use backend=local"),
+        (("granularity=path", "site=attn", "prompt.answer=whole"), "use prompt.answer=first_token"),
+        (
+            ("granularity=path", "site=attn", "granularity.path=last-object"),
+            r"path: 'last-object': causal",
+        ),
+        (("granularity=path", "site=attn", "granularity.path=audio-object-moon"), "is no edge"),
+        (("granularity=path", "site=attn", "granularity.path=audio"), "expected two or three segments"),
+        (("granularity=path", "site=attn", "granularity.path=audio-text"), "expected two or three segments"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lalm_patch.compose(*overrides)
+
+
+def test_a_way_needs_its_segments() -> None:
+    with pytest.raises(ConfigError, match=r"granularity\.path: this prompt has no edge"):
+        dry_run(
+            lalm_patch.compose("granularity=path", "site=attn", "attr=gender", "granularity.path=audio-transcript-last")
+        )
