@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,21 @@ import pytest
 from conftest import load
 from test_engines import TOLERANCE, encodings, likely_tokens
 from test_paths import FAMILIES
+from test_truth import DISTRACTED, SINGLE, SUPPRESSED, TEXT, TWO_PATHS, one_row, pair, rates
 
 import lalm_patch
 from lalm_patch.analysis import about, planted_window
 from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError
+from lalm_patch.interventions import Input, Intervention, PathPatch, Receiver, Sender
 from lalm_patch.interventions.grids import Place, make_grid, window_starts
 from lalm_patch.interventions.patches import Site
 from lalm_patch.models import LALM
 from lalm_patch.run import dry_run
 from lalm_patch.stimuli import Prompt
+from lalm_patch.truth import METHODS, Circuit, Window, draw_clips, measure, plant_circuit, plant_window, score
+from lalm_patch.truth.decoder import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("without_pdfs", "demos_opened_once")
 
@@ -150,3 +155,66 @@ def test_a_way_needs_its_segments() -> None:
         dry_run(
             lalm_patch.compose("granularity=path", "site=attn", "attr=gender", "granularity.path=audio-transcript-last")
         )
+
+
+# --- planted truths --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("circuit", [SINGLE, TWO_PATHS, SUPPRESSED], ids=["single", "two paths", "suppressed"])
+def test_planted_paths_are_what_arithmetic_says(circuit: Circuit, architecture: str) -> None:
+    """The planted paths carry what they must; every other one carries nothing, exactly."""
+    lalm = plant_circuit(circuit, architecture)
+    measured = measure(lalm, METHODS["path"], draw_clips(2, lalm.frames, seed=0))
+    expected = measured.expected(circuit)
+    mean = measured.dataset["recovery_rate"].where(measured.dataset["kept"]).mean("sample").values
+    np.testing.assert_allclose(mean, expected, atol=1e-3)
+    hears, answers = circuit.moves[0].layer, circuit.moves[1 if circuit is not TWO_PATHS else 2].layer
+    relays = {move.source for move in circuit.moves if move.source is not None}
+    assert {tuple(cell) for cell in np.argwhere(np.abs(expected) > 0.05)} == {(hears, answers, p) for p in relays}
+    assert np.abs(mean[np.abs(expected) < 1e-9]).max() <= 1e-6
+
+
+def test_a_distractor_is_no_path_beside_random_weights() -> None:
+    lalm = plant_circuit(DISTRACTED, "voxtral", background=0.5, seed=2)
+    measured = measure(lalm, METHODS["path"], draw_clips(4, lalm.frames, seed=7))
+    found = score(measured.dataset, measured.expected(DISTRACTED))
+    assert found is not None
+    assert (found.layer, found.position, found.auroc) == (1, 1, 1)
+    assert found.false < 1e-3  # random heads read what random heads have written
+    assert measured.spot_check < TOLERANCE
+    moved = Circuit(6, 8, tuple(replace(move, layer=move.layer + 1) for move in DISTRACTED.moves))
+    wrong = score(measured.dataset, measured.expected(moved))
+    assert wrong is not None
+    assert wrong.position == 0
+
+
+def test_heads_and_keys_by_arithmetic() -> None:
+    """Single heads as senders and receivers, keys and values apart, and attention as a whole."""
+    lalm = plant_circuit(SINGLE)
+    hears, answers = SINGLE.moves
+    (clip,) = draw_clips(1, lalm.frames, seed=3)
+    clean, silence = pair(lalm, clip)
+    relay, last, audio = (TEXT + 2,), (TEXT + 7,), clean.tokens.audio_positions
+    key, value = (Receiver(answers.layer, relay, kind, answers.head, last) for kind in (Input.KEY, Input.VALUE))
+    head, attention = Sender(hears.layer, relay, Site.HEAD, hears.head, audio), Sender(hears.layer, relay)
+    other = replace(value, head=answers.head + 1)
+    cases = [(head, (key, value)), (attention, (value,)), (head, (key,)), (head, (other,))]
+    cells = [Intervention(path=PathPatch((sender,), receivers)) for sender, receivers in cases]
+    found = ReplayEngine(lalm).sweep(clean, silence, one_row(*cells), lalm.option_ids).probabilities
+    np.testing.assert_allclose(found, SINGLE.probabilities(lalm.audio_register(clean), cells), atol=1e-4)
+    rate = rates(lalm, clip, *cells)
+    np.testing.assert_allclose(rate, [1, 1, 0, 0], atol=0.02)
+
+
+def test_outside_a_planted_window_there_are_no_paths() -> None:
+    window = Window(6, 8, 1, 4)
+    lalm = plant_window(window, "voxtral", seed=1)
+    measured = measure(lalm, METHODS["path"], draw_clips(3, lalm.frames, seed=2))
+    expected = measured.expected(window)
+    mean = measured.dataset["recovery_rate"].where(measured.dataset["kept"]).mean("sample").values
+    outside = ~np.isnan(expected)
+    assert outside.any()
+    assert (expected[outside] == 0).all()
+    assert np.abs(mean[outside]).max() < 1e-5
+    assert np.abs(mean[~outside]).max() > 1e-3

@@ -398,7 +398,8 @@ class ReplayEngine:
         if not idle:
             return []
         own, references = clip.target.logits(), torch.cat([clip.source.logits(), clip.target.logits()])
-        return [(idle, Readout.of(own.expand(len(idle), -1), clip.sweep.option_ids, references))]
+        once = Readout.of(own, clip.sweep.option_ids, references)
+        return [([index], once) for index in idle]
 
     def _read(self, clip: ClipSweep, rows: int) -> None:
         """Logits of what has come out at the top."""
