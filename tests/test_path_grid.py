@@ -41,12 +41,15 @@ def place_of(lalm: LALM, way: str, window: int = 1) -> Place:
     return Place(Site.ATTN, window, layers, lalm.num_heads, way=way, receivers=tuple(range(0, layers, window)))
 
 
-@pytest.mark.parametrize("way", ["audio-object-last", "audio-last", "early-object"])
+@pytest.mark.parametrize("way", ["audio-object-last", "audio-last", "early-object", "resid"])
 def test_replay_equals_direct_on_random_cells(any_family: LALM, prompt: Prompt, way: str) -> None:
     clean, corrupted = encodings(any_family, prompt)
     ids = likely_tokens(any_family, clean, corrupted)
     window = 2 if way == "audio-last" else 1
-    grid = make_grid("path", clean.tokens, range(0, any_family.num_layers, window), place_of(any_family, way, window))
+    place = place_of(any_family, "audio-last" if way == "resid" else way, window)
+    if way == "resid":
+        place = replace(place, site=Site.RESID)
+    grid = make_grid("path", clean.tokens, range(0, any_family.num_layers, window), place)
     leading = np.flatnonzero([not cell.idle for cell in grid.cells])
     few = grid.chosen(np.random.default_rng(0).choice(leading, min(3, len(leading)), replace=False))
     source, target = (corrupted, clean) if way == "early-object" else (clean, corrupted)
@@ -74,7 +77,8 @@ def test_windows_begin_side_by_side() -> None:
 RUN = ("attr=gender", "data.limit=6", "engine.spot_checks=4", "granularity=path", "site=attn")
 RUNS = {
     "passed on": ("granularity.path=audio-object-last",),
-    "straight": ("granularity.path=audio-last", "site.window=2", "direction=noising"),
+    "straight": ("granularity.path=audio-last", "site=resid", "direction=noising"),
+    "written": ("granularity.path=object-last", "site.window=2"),
 }
 
 
@@ -94,14 +98,15 @@ def test_runs_are_labelled_checked_drawn_and_summed_up(outcomes: dict[str, lalm_
     assert dataset["layer"].attrs["long_name"].startswith("written in layer")
     checks = {check.name: check for check in from_json(dataset.attrs["checks"])}
     assert checks["replay_equals_direct"].value < TOLERANCE
-    assert {"replay_at_load", "site_adds_up", "noise_floor"} <= set(checks)
+    assert {"replay_at_load", "noise_floor"} <= set(checks)
+    assert ("site_adds_up" in checks) == (about(dataset).site == "attn")
     assert all(check.passed for check in checks.values())
     kept = dataset["recovery_rate"].where(dataset["kept"], drop=True)
     assert np.isfinite(kept.values).all()
     written, read = np.meshgrid(dataset["layer"], dataset["receiver_layer"] + about(dataset).window - 1, indexing="ij")
     assert (kept.values[:, read <= written] == 0).all()
     assert {"figure.png", "figure.csv"} <= {path.name for path in outcome.files}
-    assert "\npath     path audio-" in outcome.summary
+    assert "\npath     path " in outcome.summary
 
 
 def test_what_the_runs_say_of_the_demo(outcomes: dict[str, lalm_patch.RunOutcome]) -> None:
@@ -114,7 +119,17 @@ def test_what_the_runs_say_of_the_demo(outcomes: dict[str, lalm_patch.RunOutcome
     inside = (mean["layer"] >= window[0]) & (mean["receiver_layer"] < window[1])
     assert float(np.abs(mean.where(inside)).max()) > 1e-3
     assert float(np.abs(mean.where(~inside)).max()) < 1e-5
-    assert about(dataset).title == "demo, gender, path audio-object-last of the corrupted run"
+    straight = outcomes["straight"].dataset
+    assert straight is not None
+    lost = straight["recovery_rate"].where(straight["kept"]).mean("sample")
+    assert float(lost.max()) > 0.1
+    assert float(np.abs(lost.where(~lost["receiver_layer"].isin(range(*window)))).max()) < 1e-5
+    titles = [about(outcome.dataset).title for outcome in outcomes.values() if outcome.dataset is not None]
+    assert titles == [
+        "demo, gender, path audio-object-last of the corrupted run",
+        "demo, gender, path audio-last of the clean run, resid",
+        "demo, gender, path object-last of the corrupted run, windows of 2 layers",
+    ]
 
 
 def test_the_dry_run_says_what_paths_cost() -> None:
@@ -133,6 +148,10 @@ def test_the_dry_run_says_what_paths_cost() -> None:
     [
         (("granularity=layer", "+granularity.path=object-last"), r"granularity\.path goes with granularity=path"),
         (("granularity=path",), "expected site=attn, got site=resid"),
+        (
+            ("granularity=path", "granularity.path=audio-last", "site.window=2"),
+            "expected site=attn or mlp, or site=resid",
+        ),
         (("granularity=path", "site=attn", "engine=attribution"), "use engine=auto"),
         (("granularity=path", "site=attn", "backend=ndif"), "use backend=local"),
         (("granularity=path", "site=attn", "prompt.answer=whole"), "use prompt.answer=first_token"),
@@ -155,6 +174,12 @@ def test_a_way_needs_its_segments() -> None:
         dry_run(
             lalm_patch.compose("granularity=path", "site=attn", "attr=gender", "granularity.path=audio-transcript-last")
         )
+
+
+def test_some_cell_leads_somewhere() -> None:
+    asked = ("granularity=path", "site=attn", "attr=gender", "granularity.layers=[4]", "granularity.receivers=[2]")
+    with pytest.raises(ConfigError, match="expected receivers in a layer above one of the senders"):
+        dry_run(lalm_patch.compose(*asked))
 
 
 # --- planted truths --------------------------------------------------------------------------------------------

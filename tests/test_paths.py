@@ -31,6 +31,12 @@ def path(senders: Sender | list[Sender], *receivers: Receiver) -> Intervention:
     return Intervention(path=PathPatch(sent, tuple(receivers)))
 
 
+@pytest.fixture(scope="module")
+def one(checkpoints: dict[str, Path]) -> LALM:
+    """A tiny Qwen2-Audio."""
+    return load(checkpoints["qwen2_audio"], "qwen2_audio")
+
+
 # --- the definition, by hooks ----------------------------------------------------------------------------------
 
 
@@ -135,8 +141,8 @@ def hooked_path(lalm: LALM, other: States, own: States, target: Encoding, cell: 
     return run_hooked(lalm, target, final)["logits"]
 
 
-def test_direct_engine_equals_hooks_that_hold_every_module(checkpoints: dict[str, Path], prompt: Prompt) -> None:
-    lalm = load(checkpoints["qwen2_audio"], "qwen2_audio")
+def test_direct_engine_equals_hooks_that_hold_every_module(one: LALM, prompt: Prompt) -> None:
+    lalm = one
     clean, corrupted = encodings(lalm, prompt)
     tokens, last = clean.tokens, (len(clean.tokens) - 1,)
     text, audio, some = tokens.text_positions, tokens.audio_positions, tokens.text_positions[2:6]
@@ -231,16 +237,16 @@ def test_replay_equals_direct_on_random_paths(any_family: LALM, prompt: Prompt) 
     assert (changed > 1e-4).sum() > 5, changed
 
 
-def test_clips_share_passes(lalm: LALM, prompt: Prompt) -> None:
-    clean, corrupted = encodings(lalm, prompt)
-    other = lalm.encode(noise(1.3, seed=5), prompt, "chat")
+def test_clips_share_passes(one: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(one, prompt)
+    other = one.encode(noise(1.3, seed=5), prompt, "chat")
     rng = np.random.default_rng(1)
-    grid = grid_of(*(random_path(lalm, rng, clean) for _ in range(6)))
-    ids = likely_tokens(lalm, clean, corrupted)
-    alone = [DirectEngine(lalm).sweep(source, corrupted, grid, ids).probabilities for source in (clean, other)]
+    grid = grid_of(*(random_path(one, rng, clean) for _ in range(6)))
+    ids = likely_tokens(one, clean, corrupted)
+    alone = [DirectEngine(one).sweep(source, corrupted, grid, ids).probabilities for source in (clean, other)]
     assert np.abs(alone[0] - alone[1]).max() > 1e-4  # two clips of noise
     for budget in (None, SMALL):
-        engine = ReplayEngine(lalm, memory_budget=budget)
+        engine = ReplayEngine(one, memory_budget=budget)
         together = engine.sweeps([Sweep(source, corrupted, grid, ids) for source in (clean, other)])
         for found, expected in zip(together, alone, strict=True):
             np.testing.assert_allclose(found.probabilities, expected, atol=TOLERANCE)
@@ -278,10 +284,10 @@ def test_all_paths_together_are_the_patch(lalm: LALM, prompt: Prompt, engine_cla
     assert np.abs(patches - unpatched).max(axis=1).min() > 1e-4
 
 
-def test_heads_that_send_are_the_attention_that_sends(lalm: LALM, prompt: Prompt) -> None:
-    clean, corrupted = encodings(lalm, prompt)
+def test_heads_that_send_are_the_attention_that_sends(one: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(one, prompt)
     text, audio, last = clean.tokens.text_positions, clean.tokens.audio_positions, (len(clean.tokens) - 1,)
-    heads = range(lalm.num_heads)
+    heads = range(one.num_heads)
     cells = [
         path(senders, Receiver(2, text, Input.VALUE, seen_by=last), Receiver(3, last))
         for reads in (None, audio)
@@ -291,8 +297,8 @@ def test_heads_that_send_are_the_attention_that_sends(lalm: LALM, prompt: Prompt
             [Sender(1, text, Site.HEAD, head, reads) for head in heads[:-1]],
         )
     ]
-    ids = likely_tokens(lalm, clean, corrupted)
-    found = ReplayEngine(lalm).sweep(clean, corrupted, grid_of(*cells), ids).probabilities
+    ids = likely_tokens(one, clean, corrupted)
+    found = ReplayEngine(one).sweep(clean, corrupted, grid_of(*cells), ids).probabilities
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     np.testing.assert_allclose(found[3], found[4], atol=1e-6)
     assert np.abs(found[1] - found[4]).max() > 1e-6  # what attention reads from the text differs, too
@@ -325,21 +331,21 @@ def test_what_does_not_reach_changes_nothing_exactly(lalm: LALM, prompt: Prompt,
     np.testing.assert_allclose(equal.option_logits[0], unpatched, atol=1e-5)
 
 
-def test_a_path_costs_no_pass_of_its_own(lalm: LALM, prompt: Prompt) -> None:
+def test_a_path_costs_no_pass_of_its_own(one: LALM, prompt: Prompt) -> None:
     """Each run goes through a layer once, however many senders and receivers there are."""
-    clean, corrupted = encodings(lalm, prompt)
+    clean, corrupted = encodings(one, prompt)
     text, last = clean.tokens.text_positions, clean.tokens.text_positions[-1:]
-    values = {high: Receiver(high, text[:-1], Input.VALUE, seen_by=last) for high in range(lalm.num_layers)}
+    values = {high: Receiver(high, text[:-1], Input.VALUE, seen_by=last) for high in range(one.num_layers)}
     cells = [
         path(Sender(low, text[:-1], reads=clean.tokens.audio_positions), values[high])
-        for low in range(lalm.num_layers)
-        for high in range(low + 1, lalm.num_layers)
+        for low in range(one.num_layers)
+        for high in range(low + 1, one.num_layers)
     ]
     seen: list[int] = []
-    handle = lalm.decoder_module.layers[1].register_forward_hook(
+    handle = one.decoder_module.layers[1].register_forward_hook(
         lambda _m, _i, output: seen.append(first_of(output).shape[1])
     )
-    ReplayEngine(lalm, memory_budget=SMALL).sweep(clean, corrupted, grid_of(*cells), (1, 2))
+    ReplayEngine(one, memory_budget=SMALL).sweep(clean, corrupted, grid_of(*cells), (1, 2))
     handle.remove()
     assert seen.count(len(clean.tokens)) == 2
 
@@ -370,12 +376,12 @@ def test_paths_are_data() -> None:
             wrong()  # type: ignore[no-untyped-call]
 
 
-def test_engines_that_cannot_say_so(lalm: LALM, prompt: Prompt) -> None:
-    clean, corrupted = encodings(lalm, prompt)
+def test_engines_that_cannot_say_so(one: LALM, prompt: Prompt) -> None:
+    clean, corrupted = encodings(one, prompt)
     cell = path(Sender(0, (1,)), Receiver(2, (1,)))
     with pytest.raises(ModelError, match=r"attribution .* use engine=auto"):
-        ApproximateEngine(lalm, DirectEngine(lalm), "attribution", 1).sweep(clean, corrupted, grid_of(cell), (1, 2))
+        ApproximateEngine(one, DirectEngine(one), "attribution", 1).sweep(clean, corrupted, grid_of(cell), (1, 2))
     for wrong in (path(Sender(0, (1,)), Receiver(9, (1,))), path(Sender(0, (1,), Site.HEAD, 99), Receiver(1, (1,)))):
-        for engine in (DirectEngine(lalm), ReplayEngine(lalm)):
+        for engine in (DirectEngine(one), ReplayEngine(one)):
             with pytest.raises(ModelError, match="expected layers 0 to"):
                 engine.sweep(clean, corrupted, grid_of(wrong), (1, 2))

@@ -62,7 +62,7 @@ class About:
         parts = [
             self.knockout,
             self.change,
-            "" if self.site in ("resid", "attn" if of_attention else "") else self.site,
+            "" if self.site == ("attn" if of_attention else "resid") else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
             "" if self.direction == "denoising" or self.knockout or self.change else self.direction,
             "" if self.corruption == "silence" else self.corruption,

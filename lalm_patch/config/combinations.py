@@ -270,10 +270,17 @@ def _check_paths(settings: RunSettings) -> None:
             raise ConfigError(f"granularity.{key} goes with granularity=path, not with granularity={name}")
     if name != "path":
         return
-    check_way(granularity.path or STANDARD)
-    if settings.site.name != "attn":
+    way, site = granularity.path or STANDARD, settings.site
+    check_way(way)
+    if way.count("-") == 2 and site.name != "attn":
         raise ConfigError(
-            f"granularity=path sends what attention writes: expected site=attn, got site={settings.site.name}"
+            f"granularity.path={way} sends what attention reads: expected site=attn, got site={site.name}; of two "
+            "segments, like audio-last, also resid or mlp"
+        )
+    if site.name not in ("attn", "mlp", "resid") or (site.name == "resid" and site.window != 1):
+        raise ConfigError(
+            "granularity=path: expected site=attn or mlp, or site=resid with site.window=1, which holds all that is "
+            f"below; got site={site.name}, site.window={site.window}"
         )
     if settings.engine.name in APPROXIMATE:
         raise ConfigError(

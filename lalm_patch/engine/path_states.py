@@ -56,6 +56,17 @@ def path_sites(cells: Iterable[Intervention]) -> set[Site]:
     return found
 
 
+def path_positions(cells: Iterable[Intervention]) -> int:
+    """Positions that go through (a part of) a layer besides the cells' own: at senders, twice, and at receivers."""
+    cells = [cell for cell in cells if not cell.idle]
+    called = [sender for sender in senders_of(cells) if sender.reads is not None or sender.site is Site.HEAD]
+    read = 0
+    for path in [cell.path for cell in cells if cell.path is not None]:
+        for layer in {receiver.layer for receiver, _ in path.reached if receiver.input is not Input.RESID}:
+            read += len({position for _, positions in path.at(layer) for position in positions})
+    return 2 * sum(len(sender.positions) for sender in called) + read
+
+
 def check_paths(lalm: LALM, cells: Iterable[Intervention]) -> None:
     """Raises ModelError for senders and receivers in layers or heads that the model does not have."""
     for cell in cells:

@@ -192,13 +192,18 @@ def path_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
     Each layer stands for its window; what is written above the receivers does not reach them.
 
     Raises:
-        ConfigError: the prompt has no such way.
+        ConfigError: the prompt has no such way, or none of these receivers is above a sender.
     """
     cells = tuple(
-        way_cell(tokens, place.way, place.layers_from(low), place.layers_from(high))
+        way_cell(tokens, place.way, place.layers_from(low), place.layers_from(high), place.site)
         for low in layers
         for high in place.receivers
     )
+    if all(cell.idle for cell in cells):
+        raise ConfigError(
+            f"granularity.layers={list(layers)}, granularity.receivers={list(place.receivers)}: no path leads "
+            "from these to those; expected receivers in a layer above one of the senders"
+        )
     coords = {"layer": np.asarray(layers), "receiver_layer": np.asarray(place.receivers)}
     return Grid(("layer", "receiver_layer"), coords, cells)
 

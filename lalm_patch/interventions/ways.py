@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lalm_patch.errors import ConfigError
-from lalm_patch.interventions.patches import Intervention
+from lalm_patch.interventions.patches import Intervention, Site
 from lalm_patch.interventions.paths import Input, PathPatch, Receiver, Sender
 from lalm_patch.interventions.segments import TEXT, check_edges, check_present
 
@@ -39,17 +39,20 @@ def check_way(name: str, segments: Sequence[str] | None = None) -> None:
         check_present(edges, segments, SETTING)
 
 
-def way_cell(tokens: TokenTable, name: str, sending: Sequence[int], receiving: Sequence[int]) -> Intervention:
-    """The paths of a way: what attention of some layers writes at the relay, as attention of other layers reads it.
+def way_cell(
+    tokens: TokenTable, name: str, sending: Sequence[int], receiving: Sequence[int], site: Site = Site.ATTN
+) -> Intervention:
+    """The paths of a way: what some layers write at the relay, as attention of other layers reads it.
 
-    Of three segments the relay's attention sends what it reads from the first of them, of two all that it does. The
-    receivers are the relay's keys and values, in all heads, as the last segment sees them.
+    Of three segments the relay's attention sends what it reads from the first of them, of two the relay sends all that
+    it has at a site. The receivers are the relay's keys and values, in all heads, as the last segment sees them.
 
     Args:
         tokens: of the prompt.
         name: the way.
         sending: decoder layers of the senders.
         receiving: of the receivers.
+        site: what sends; attention where there are three segments.
 
     Raises:
         ConfigError: the prompt has no such way.
@@ -58,6 +61,6 @@ def way_cell(tokens: TokenTable, name: str, sending: Sequence[int], receiving: S
     *first, relay, target = name.split("-")
     at, seen_by = tokens.positions(relay), tokens.positions(target)
     reads = tokens.positions(first[0]) if first else None
-    senders = tuple(Sender(layer, at, reads=reads) for layer in sending)
+    senders = tuple(Sender(layer, at, site, reads=reads) for layer in sending)
     receivers = (Receiver(layer, at, kind, seen_by=seen_by) for layer in receiving for kind in (Input.KEY, Input.VALUE))
     return Intervention(path=PathPatch(senders, tuple(receivers)))

@@ -127,7 +127,7 @@ class GranularitySettings:
         strength: of granularity=steer, how much of a direction is added, in units of the difference of class means.
         controls: of granularity=steer, how many random directions of the same length are added instead, for comparison.
         path: of granularity=path, the segments it leads through: SOURCE-RELAY-TARGET, or RELAY-TARGET for all that the
-            relay's attention gets.
+            relay has at the site.
         receivers: of granularity=path, the layers in which the target reads the relay; null for all.
     """
 

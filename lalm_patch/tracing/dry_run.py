@@ -33,6 +33,7 @@ from lalm_patch.engine.memory import (
     tokens_within,
 )
 from lalm_patch.engine.passes import plan_passes, sources_cost
+from lalm_patch.engine.path_states import path_positions
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.engine.sources import run_places
 from lalm_patch.errors import DataError
@@ -182,6 +183,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         first = min([first, *(cell.first_position for cell in moving)])
         suffixes = [(cell.entry_layer, length - cell.first_position) for cell in moving]
         positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
+        positions += path_positions(cells)
         given = settings.engine.memory_budget
         budget = free_budget(lalm.decoder_module) if given is None else given * GIB
         total = sum(suffix for _, suffix in suffixes)
@@ -278,7 +280,8 @@ def _path_line(grid: Grid, replay: bool) -> str:
     senders = {sender for cell in leading if cell.path is not None for sender in cell.path.senders}
     said = f"paths    {len(leading)} of {len(grid.cells)} cells lead somewhere, the others are 0 by definition"
     if replay:
-        return f"{said}; {len(senders)} senders, computed once each at their own positions"
+        more = path_positions(grid.cells)
+        return f"{said}; {len(senders)} senders, each computed once, {more} positions of senders and receivers in all"
     return f"{said}; a cell takes several forward passes, everything held between senders and receivers"
 
 

@@ -377,10 +377,10 @@ class Tracer:
         return worst if found else None
 
     def _spots(self, record: Record, grid: Grid, count: int = SPOT_CHECKED_PER_SAMPLE) -> np.ndarray:
-        """Indices of the cells of a sample that are computed twice."""
+        """Indices of the cells of a sample that are computed twice; those that nothing is computed for are left out."""
         seed = [self.settings.seed, *record.id.encode()]
-        count = min(count, len(grid.cells))
-        return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
+        computed = [index for index, cell in enumerate(grid.cells) if not cell.idle]
+        return np.random.default_rng(seed).choice(computed, min(count, len(computed)), replace=False)
 
 
 def _as_sent(tokens: TokenTable) -> str:
