@@ -15,6 +15,7 @@ from test_sources import FAMILIES, SMALL, first_of, grid_of
 
 from lalm_patch.engine import ApproximateEngine, DirectEngine, ReplayEngine
 from lalm_patch.engine.interface import Sweep
+from lalm_patch.engine.path_states import PathStates
 from lalm_patch.errors import ModelError
 from lalm_patch.interventions import Input, Intervention, Patch, PathPatch, Receiver, Sender, Site
 from lalm_patch.models import LALM, Encoding
@@ -348,6 +349,31 @@ def test_a_path_costs_no_pass_of_its_own(one: LALM, prompt: Prompt) -> None:
     ReplayEngine(one, memory_budget=SMALL).sweep(clean, corrupted, grid_of(*cells), (1, 2))
     handle.remove()
     assert seen.count(len(clean.tokens)) == 2
+
+
+def test_a_pack_that_does_not_fit_goes_on_in_pieces(one: LALM, prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out anywhere: at the senders' difference, too, whose pack is then where it was."""
+    clean, corrupted = encodings(one, prompt)
+    text = clean.tokens.text_positions
+    receivers = (Receiver(1, text, Input.VALUE), Receiver(2, text[:8]), Receiver(3, text[8:], Input.QUERY))
+    grid = grid_of(*(path(Sender(0, text[k:]), *receivers) for k in range(4)))
+    ids = likely_tokens(one, clean, corrupted)
+    expected = ReplayEngine(one).sweep(clean, corrupted, grid, ids).probabilities
+    whole = PathStates.difference
+    for failing in (1, 5, 7):
+        calls = iter(range(1000))
+
+        def difference(self: PathStates, *asked: Any, failing: int = failing, calls: Any = calls) -> torch.Tensor:
+            if next(calls) == failing:
+                raise MemoryError("out of memory")
+            return whole(self, *asked)
+
+        monkeypatch.setattr(PathStates, "difference", difference)
+        engine = ReplayEngine(one)
+        before = engine.pack_tokens
+        found = engine.sweep(clean, corrupted, grid, ids).probabilities
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert engine.pack_tokens < before
 
 
 def test_paths_are_data() -> None:

@@ -212,16 +212,22 @@ class PathStates:
                 total.index_add_(0, on(there, total.device), self.known[sender].to(total)[rows])
         return total
 
-    def enter(self, pack: Pack, layer: int) -> None:
-        """Let the residual inputs of a layer (above the last one: of the final norm) have what is sent to them."""
+    def enter(self, pack: Pack, layer: int, states: Tensor) -> None:
+        """Let the residual inputs of a layer (above the last one: of the final norm) have what is sent to them.
+
+        Args:
+            pack: the cells.
+            layer: which layer.
+            states: what enters it, [1, tokens of the pack, hidden]; added to in place.
+        """
         if not self._senders:
             return
         for cell, end in zip(pack.cells, pack.ends.tolist(), strict=True):
             for receiver, positions in () if cell.path is None else cell.path.at(layer):
                 if receiver.input is Input.RESID:
-                    tokens = on(torch.tensor(positions) + end - pack.length, pack.states.device)
-                    more = self.difference(cell.path, layer, positions, pack.states)  # type: ignore[arg-type]
-                    pack.states[0].index_add_(0, tokens, more)
+                    tokens = on(torch.tensor(positions) + end - pack.length, states.device)
+                    more = self.difference(cell.path, layer, positions, states)  # type: ignore[arg-type]
+                    states[0].index_add_(0, tokens, more)
 
     def enter_last(self, pack: Pack, states: Tensor) -> Tensor:
         """As `enter`, above the last layer: for its last positions alone, [cells, hidden]."""

@@ -167,7 +167,7 @@ class ReplayEngine:
         self._source_keys |= any(sender.reads is not None for sender in senders_of(cells))
         # States are kept from the first text position on, or from the first earlier one that is patched or taken.
         taken = [min(patch.taken_positions) for cell in cells for patch in cell.patches if patch.taken_from is not None]
-        taken += [cell.path.earliest_position for cell in cells if cell.path is not None]
+        taken += [cell.path.earliest_position for cell in cells if cell.path is not None and not cell.idle]
         self._first = min(
             [cell.first_position for cell in cells if not cell.idle]
             + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
@@ -261,7 +261,7 @@ class ReplayEngine:
         top = layer == self.lalm.num_layers
         puts = self._prepared(clip, pack.first_writes(layer), source, target.entering.device)
         pack = started(pack, target, puts, None if top else clip.make_room(target.entering, pack.tokens))
-        clip.paths.enter(pack, layer)
+        clip.paths.enter(pack, layer, pack.states)
         if top:
             clip.top.append((pack.indices, pack.states[0].index_select(0, pack.lasts)))
             clip.tell(pack.tokens)
@@ -317,11 +317,12 @@ class ReplayEngine:
         if pack.inputs is None:
             pack.inputs = self._inputs(pack.positions, clip.sweep.target)
         leaving = self._call(layer, pack.states, pack.inputs, layout, writes)
+        # Before the pack's own states are written over: out of memory, it has to be where it was.
+        clip.paths.enter(pack, layer + 1, leaving)
         if leaving.device == pack.states.device:
             pack.states.copy_(leaving)
         else:
             pack.states = leaving
-        clip.paths.enter(pack, layer + 1)
         return pack
 
     def _layout(self, clip: ClipSweep, pack: Pack, layer: int, target: LayerView) -> SuffixLayout:
