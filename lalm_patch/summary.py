@@ -39,6 +39,7 @@ OF_EACH_LAYER = {
     "source_layer": "with the best states at the start of each layer",
     "ablated": "without what matters most in each layer",
     "steering": "along the best direction in each layer",
+    "receiver_layer": "by the best receiving layer of each sending one",
 }
 """What the line over layers shows where something else than the other run's states was put in."""
 
@@ -143,6 +144,11 @@ def _put_in(info: About, recovery: xr.Dataset) -> list[str]:
     if info.granularity == "source_layer":
         best = means.max()
         return [f"back     at most {float(best) - 1:+.2f} beyond the clean run, whose rate is 1"]
+    if info.granularity == "receiver_layer":
+        row, column = np.unravel_index(int(np.abs(means.values).argmax()), means.shape)
+        low, high = int(means["layer"][row]), int(means["receiver_layer"][column])
+        most = float(means[row, column])
+        return [f"path     {info.change}: {most:z.2f} where it is most, written in layer {low}, read in layer {high}"]
     largest = means.max("layer")
     where = means.fillna(-np.inf).argmax("layer")
     said = [

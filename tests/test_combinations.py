@@ -49,6 +49,7 @@ COMPANIONS = {
     ("granularity", "edge"): ("site=attn", "direction=noising"),
     ("granularity", "early_text_only"): ("site=attn", "direction=noising"),
     ("granularity", "ablate"): ("direction=noising",),
+    ("granularity", "path"): ("site=attn",),
     ("site", "embed"): ("granularity=audio",),
     ("site", "tower"): ("granularity=audio",),
 }

@@ -111,7 +111,7 @@ def test_the_decoder_says_what_it_says_of_the_whole_prompt() -> None:
 
 def test_word_heads_are_right_where_vectors_are_the_words() -> None:
     words = {"gender": torch.eye(8)[:2], "emotion": torch.eye(8)[2:7]}
-    heads = WordHeads(fresh_connector(8, 0), words).eval()
+    heads = WordHeads(fresh_connector(words, 0), words).eval()
     vectors = heads.read(torch.randn(2, 4, 10, 128))
     assert {name: tuple(each.shape) for name, each in vectors.items()} == {
         "gender": (2, 8, 8),

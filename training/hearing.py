@@ -24,7 +24,10 @@ from training.train import ATTRIBUTES, attributes
 
 SHARE_MASKED, SHARE_SYNTHETIC = 0.8, 0.15
 DROPOUT = 0.1
-NEAR_WORDS = 0.1  # weight of a squared distance to the options' words; these are about 3 long
+NEAR_WORDS = 0.01
+"""Weight of the squared distance to the options' words, which are about 3 long."""
+SHARPNESS = 5.0
+"""Vectors half-way to a word already say it clearly: the rest of the way is the last stage's."""
 EVERY = 100  # steps between looks at clips that are not trained on
 ASKED = (0.15, 0.25, 0.15, 0.45)
 """How often each attribute is asked, in the order of ATTRIBUTES: what is hard is asked more often."""
@@ -150,7 +153,7 @@ class WordHeads(nn.Module):
     def logits(self, name: str, vectors: Tensor) -> Tensor:
         """An attribute's vectors [clips, vectors, hidden] to logits [clips, options]."""
         words = self.words(name)
-        return vectors.mean(1) @ (words - words.mean(0)).T
+        return SHARPNESS * vectors.mean(1) @ (words - words.mean(0)).T
 
     def loss(self, states: Tensor, answers: Sequence[Shares]) -> Tensor:
         """Cross-entropy of all answers, and how far the vectors are from the words they should say."""

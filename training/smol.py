@@ -50,7 +50,7 @@ COPIES = 4
 """Varied copies of every real recording."""
 EVERY_SYNTHETIC = 4
 """One in so many of the synthesised sentences is in the connector's training; all are in the encoder's."""
-PHONE_STEPS, CONNECTOR_STEPS, ANSWER_STEPS = (900, 1200), 1500, 150
+PHONE_STEPS, CONNECTOR_STEPS, ANSWER_STEPS = (900, 1200), 1000, 150
 PARTS = ("train", "validation")
 TRAINED_ON = ("emotion", "gender", "language")
 """Attributes with real recordings in the training; those of animals may not be used commercially and are left out."""
@@ -87,12 +87,17 @@ def fresh_encoder(seed: int) -> WhisperEncoder:
     return encoder
 
 
-def fresh_connector(hidden: int, seed: int) -> DestaConnector:
-    """A connector to a decoder of that width."""
+def fresh_connector(words: dict[str, Tensor], seed: int) -> DestaConnector:
+    """A connector whose vectors begin among the options' words, [options, hidden] of every attribute."""
     torch.manual_seed(seed)
+    among = torch.cat(list(words.values())).mean(0)
+    hidden = len(among)
     connector = DestaConnector(taps=LAYERS, queries=VECTORS, width=WIDTH, heads=HEADS, layers=1, hidden=hidden)
     for parameter in [*connector.layer_prompts, connector.layer_weights]:
         torch.nn.init.normal_(parameter, std=1.0)
+    with torch.no_grad():
+        connector.linear.weight.mul_(0.1)
+        connector.linear.bias.copy_(among)
     return connector
 
 
@@ -142,30 +147,24 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     """Train and save."""
     started = time.monotonic()
-    shaped, frames, work, seed = extractor(), 100 * SECONDS, options.work, options.seed
-
-    synthetic = _synthetic(options)
-    spectra = [log_mel(clip.waveform, shaped) for clip in synthetic]
-    numbers, symbols = as_numbers(spoken_phones(synthetic))
-    reader = PhoneReader(fresh_encoder(seed), symbols)
-    for turn, steps in enumerate(PHONE_STEPS):
-        train_phones(reader, spectra, numbers, work / f"phones{turn}.pt", steps=steps, batch=24, rate=1e-3, seed=turn)
-    encoder = reader.encoder.eval().requires_grad_(False)
-    clips_of = {part: recordings(options.recordings, options.list, part, ATTRIBUTES) for part in PARTS}
-    real = [clip for clip in clips_of["train"] if not clip.labels.keys() - set(TRAINED_ON)]
-    looked_at = clips_of["validation"]
-    if options.development:  # the validation clips stay unheard
-        real, looked_at = [c for c in real if not _left_out(c)], [c for c in real if _left_out(c)]
-    path = work / "heard.pt"
-    if not path.is_file():
-        torch.save(_heard(encoder, real, synthetic, spectra, looked_at, frames, seed), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-    material, held_out = torch.load(path, weights_only=False)
-    log.info("%d real, %d synthetic clips, %d looked at", len(real), len(material.synthetic), len(looked_at))
+    frames, work, seed = 100 * SECONDS, options.work, options.seed
+    encoder = fresh_encoder(seed)
+    path, heard = work / "encoder.pt", work / "heard.pt"
+    if not (path.is_file() and heard.is_file()):
+        synthetic = _synthetic(options)
+        spectra = [log_mel(clip.waveform, extractor()) for clip in synthetic]
+        _train_encoder(encoder, synthetic, spectra, work)
+        torch.save(encoder.state_dict(), path)
+        _kept(_heard(encoder, *_real(options), synthetic, spectra, frames, seed), heard)
+    encoder.load_state_dict(torch.load(path))
+    encoder.eval().requires_grad_(False)
+    material, held_out = torch.load(heard, weights_only=False)
+    log.info("%d real, %d synthetic clips, %d looked at", len(material.real), len(material.synthetic), len(held_out))
     silence = taps(encoder, torch.full((MEL_BINS, frames), FLOOR), frames).float()
     decoder = frozen_decoder()
-    connector = fresh_connector(decoder.model.config.hidden_size, seed)
-    heads = WordHeads(connector, word_embeddings(decoder))
+    words = word_embeddings(decoder)
+    connector = fresh_connector(words, seed)
+    heads = WordHeads(connector, words)
     train_connector(
         heads, material, work / "connector.pt", steps=CONNECTOR_STEPS, batch=24, rate=1e-3, seed=seed, held_out=held_out
     )
@@ -186,6 +185,30 @@ def make(options: argparse.Namespace) -> None:
     log.info("trained after %.1f min", (time.monotonic() - started) / 60)
 
 
+def _train_encoder(encoder: WhisperEncoder, synthetic: Sequence[Clip], spectra: Sequence[Tensor], work: Path) -> None:
+    """Phones, in turns with a learning rate that rises again."""
+    numbers, symbols = as_numbers(spoken_phones(synthetic))
+    reader = PhoneReader(encoder, symbols)
+    for turn, steps in enumerate(PHONE_STEPS):
+        train_phones(reader, spectra, numbers, work / f"phones{turn}.pt", steps=steps, batch=24, rate=1e-3, seed=turn)
+    encoder.eval().requires_grad_(False)
+
+
+def _real(options: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
+    """Recordings that are trained on, and those that are looked at."""
+    both = {part: recordings(options.recordings, options.list, part, ATTRIBUTES) for part in PARTS}
+    real = [clip for clip in both["train"] if not clip.labels.keys() - set(TRAINED_ON)]
+    if options.development:  # the validation clips stay unheard
+        return [clip for clip in real if not _left_out(clip)], [clip for clip in real if _left_out(clip)]
+    return real, both["validation"]
+
+
+def _kept(what: object, path: Path) -> None:
+    part = path.with_suffix(".part")
+    torch.save(what, part)
+    part.replace(path)
+
+
 def group(clip: Clip) -> str:
     """Clips of one speaker, where the file's name tells the speaker (CREMA-D's does)."""
     return clip.voice.partition("_")[0] if "emotion" in clip.labels else clip.voice
@@ -202,9 +225,9 @@ def _labels(clip: Clip) -> dict[str, int]:
 def _heard(
     encoder: WhisperEncoder,
     real: Sequence[Clip],
+    looked_at: Sequence[Clip],
     synthetic: Sequence[Clip],
     spectra: Sequence[Tensor],
-    looked_at: Sequence[Clip],
     frames: int,
     seed: int,
 ) -> tuple[Material, Heard]:
@@ -253,8 +276,7 @@ def _synthetic(options: argparse.Namespace) -> list[Clip]:
             (torch.from_numpy((clip.waveform * 32767).astype(np.int16)), clip.labels, clip.voice, clip.text)
             for clip in made
         ]
-        torch.save(stored, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        _kept(stored, path)
     return [Clip(samples.numpy().astype(np.float32) / 32767, *rest) for samples, *rest in torch.load(path)]
 
 

@@ -26,7 +26,7 @@ from lalm_patch.analysis.resampling import (
 )
 from lalm_patch.analysis.run_info import about
 
-COLUMNS = ("head", "segment", "edge", "window", "source_layer", "ablated", "steering")
+COLUMNS = ("head", "segment", "edge", "window", "source_layer", "ablated", "steering", "receiver_layer")
 """Dimensions whose columns are no curve over layers each with a place of its own in the text."""
 SAME_PLATEAU = 1e-3
 """Means this close to the largest one count as tied: on a plateau, rounding would choose the layer otherwise."""

@@ -23,7 +23,7 @@ class About:
         model: short name of the model.
         attribute: name of the attribute.
         granularity: `layer`, `token`, `segment`, `window` (of the audio), `edge`, `head`, `source_layer` (whose states
-            are written back), `ablated` or `steering`.
+            are written back), `ablated`, `steering` or `receiver_layer` (of paths).
         layers: decoder layers the model has.
         seed: of the bootstrap.
         site: where states were exchanged: `resid`, `attn`, `mlp`, `head`, `embed` or `tower`.
@@ -58,10 +58,11 @@ class About:
     @property
     def departs(self) -> str:
         """In what the run departs from the paper's method (site, window, direction, corruption, metric), if in any."""
+        of_attention = self.knockout or self.granularity == "receiver_layer"
         parts = [
             self.knockout,
             self.change,
-            "" if self.site in ("resid", "attn" if self.knockout else "") else self.site,
+            "" if self.site == ("attn" if of_attention else "resid") else self.site,
             "" if self.window == 1 else f"windows of {self.window} layers",
             "" if self.direction == "denoising" or self.knockout or self.change else self.direction,
             "" if self.corruption == "silence" else self.corruption,
@@ -83,7 +84,8 @@ class About:
     @property
     def cumulative(self) -> bool:
         """Whether states hold everything that lower layers have done, so that a curve over layers ends at 1."""
-        return self.site == "resid" and self.granularity not in ("window", "source_layer", "ablated", "steering")
+        others = ("window", "source_layer", "ablated", "steering", "receiver_layer")
+        return self.site == "resid" and self.granularity not in others
 
 
 def about(dataset: xr.Dataset) -> About:
@@ -133,6 +135,7 @@ def _change(granularity: Mapping[str, Any], run: str) -> str:
         "back": f"back-patched into the {run} run",
         "ablate": f"{granularity.get('replacement') or 'zero'} ablation",
         "steer": f"{run} run steered, strength {1.0 if strength is None else strength:g}",
+        "path": f"path {granularity.get('path')} of the {run} run",
     }.get(str(granularity.get("name")), "")
 
 

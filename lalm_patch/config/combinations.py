@@ -7,6 +7,7 @@ from lalm_patch.errors import ConfigError
 from lalm_patch.interventions.grids import GRANULARITIES, SOURCED
 from lalm_patch.interventions.segments import KNOCKOUTS, check_edges
 from lalm_patch.interventions.spans import Spans, check_spans
+from lalm_patch.interventions.ways import STANDARD, check_way
 from lalm_patch.models.names import family_names
 from lalm_patch.settings import APPROXIMATE, ON_EMBEDDINGS, OWN_QUESTIONS, WHOLE_VOCABULARY, RunSettings
 from lalm_patch.settings.ranges import shown
@@ -42,6 +43,7 @@ def check_combinations(settings: RunSettings) -> None:
     if settings.backend.name == "ndif" and settings.trace_excluded:
         raise ConfigError("trace_excluded=true: a server computes clips that count only; use backend=local")
     _check_sources(settings)
+    _check_paths(settings)
     _check_audio(settings)
     _check_approximation(settings)
     if site.name == "head" and settings.granularity.name not in ("layer", "edge"):
@@ -116,7 +118,7 @@ def _check_answers(settings: RunSettings) -> None:
         return
     asked = {
         "prompt.correct=vocabulary": prompt.correct == "vocabulary",
-        f"granularity={settings.granularity.name}": settings.granularity.name in KNOCKOUTS,
+        f"granularity={settings.granularity.name}": settings.granularity.name in (*KNOCKOUTS, "path"),
         f"observe={settings.observe.name}": settings.observe.lens,
         f"engine={settings.engine.name}": settings.engine.name in APPROXIMATE,
         "backend=ndif": settings.backend.name == "ndif",
@@ -258,3 +260,31 @@ def _check_sources(settings: RunSettings) -> None:
             f"granularity=steer with prompt.order={settings.prompt.order}: a direction has a vector for each position "
             "of the text, which has to be the same in all clips; use prompt.order=fixed"
         )
+
+
+def _check_paths(settings: RunSettings) -> None:
+    """Path patching: what is sent and read is what attention writes and reads."""
+    granularity, name = settings.granularity, settings.granularity.name
+    for key in ("path", "receivers"):
+        if getattr(granularity, key) is not None and name != "path":
+            raise ConfigError(f"granularity.{key} goes with granularity=path, not with granularity={name}")
+    if name != "path":
+        return
+    way, site = granularity.path or STANDARD, settings.site
+    check_way(way)
+    if way.count("-") == 2 and site.name != "attn":
+        raise ConfigError(
+            f"granularity.path={way} sends what attention reads: expected site=attn, got site={site.name}; of two "
+            "segments, like audio-last, also resid or mlp"
+        )
+    if site.name not in ("attn", "mlp", "resid") or (site.name == "resid" and site.window != 1):
+        raise ConfigError(
+            "granularity=path: expected site=attn or mlp, or site=resid with site.window=1, which holds all that is "
+            f"below; got site={site.name}, site.window={site.window}"
+        )
+    if settings.engine.name in APPROXIMATE:
+        raise ConfigError(
+            f"engine={settings.engine.name} approximates what patches of states do, not single paths: use engine=auto"
+        )
+    if settings.backend.name == "ndif":
+        raise ConfigError("granularity=path is not sent to servers, which patch states: use backend=local")

@@ -77,6 +77,8 @@ class ApproximateEngine:
     ) -> Readout:
         """See `Engine.sweep`; the most probable token is not known (-1), cuts and the audio encoder are refused."""
         patches = [patch for cell in grid.cells for patch in cell.patches]
+        if any(cell.path is not None for cell in grid.cells):
+            raise ModelError(f"{self.name} approximates patches of states, not paths: use engine=auto")
         if any(cell.cuts for cell in grid.cells) or any(patch.site is Site.TOWER for patch in patches):
             raise ModelError(f"{self.name} approximates patches in the decoder only: expected no cuts, no site tower")
         if not all(patch.plain for patch in patches):

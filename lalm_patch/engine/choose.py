@@ -19,7 +19,16 @@ from lalm_patch.engine.interface import Engine
 from lalm_patch.engine.replay import ReplayEngine
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.errors import ModelError
-from lalm_patch.interventions.grids import Grid, Place, at_place, audio_grid, edge_grid, layer_grid, token_grid
+from lalm_patch.interventions.grids import (
+    Grid,
+    Place,
+    at_place,
+    audio_grid,
+    edge_grid,
+    layer_grid,
+    path_grid,
+    token_grid,
+)
 from lalm_patch.interventions.patches import Intervention, Patch, Site
 from lalm_patch.models import LALM, Encoding
 from lalm_patch.models.proof import TOLERANCE, Told, in_float32, tell_nobody
@@ -201,11 +210,13 @@ def _random_cells(lalm: LALM, encoding: Encoding, place: Place, knockout: bool =
     tokens, layers = encoding.tokens, range(place.num_layers or lalm.num_layers)
     if knockout:
         made = [edge_grid(tokens, layers, place.edges)]
+    elif place.receivers:
+        made = [path_grid(tokens, layers, place)]
     elif place.spans is not None:
         made = [audio_grid(tokens, layers, place)]
     else:
         made = [layer_grid(tokens, layers), token_grid(tokens, layers)]
-    grids = [at_place(grid, place) for grid in made]
-    cells = tuple(cell for grid in grids for cell in grid.cells)
+    grids = made if place.receivers else [at_place(grid, place) for grid in made]
+    cells = tuple(cell for grid in grids for cell in grid.cells if not cell.idle)
     chosen = np.random.default_rng(0).choice(len(cells), min(PROOF_CELLS, len(cells)), replace=False)
     return Grid(("cell",), {"cell": np.arange(len(cells))}, cells).chosen(chosen)

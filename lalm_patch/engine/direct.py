@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lalm_patch.engine.cuts import check_cuts, masks
+from lalm_patch.engine.direct_paths import DirectPaths
 from lalm_patch.engine.interface import Progress, ignore_progress
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import columns, layer_at, overwrite, states_at
@@ -72,9 +73,15 @@ class DirectEngine:
             places = {(place.layer, place.site) for place in needed if place.origin is origin}
             found = self.states(encoding, places) if places else {}
             states |= {RunPlace(origin, *place): of_place for place, of_place in found.items()}
+        paths = None
+        if any(intervention.path is not None for intervention in interventions):
+            paths = DirectPaths(self.lalm, source, target, interventions, self.states)
         rows = []
         for intervention in interventions:
-            rows.append(self._patched(target, intervention, states, arrays or {}))
+            if intervention.path is not None and paths is not None:
+                rows.append(paths.logits(intervention.path))
+            else:
+                rows.append(self._patched(target, intervention, states, arrays or {}))
             progress(1)
         return Readout.of(torch.cat(rows), option_ids, references)
 

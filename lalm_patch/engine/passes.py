@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from lalm_patch.engine.base_runs import BaseRun
 from lalm_patch.engine.interface import Sweep
 from lalm_patch.engine.packs import Pack
+from lalm_patch.engine.path_states import PathStates
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sources import RUNS, TakenStates, sites_inside
 from lalm_patch.interventions.patches import Intervention, Origin
@@ -27,6 +28,7 @@ class ClipSweep:
         packs: cells that have started, with their states in the layer in hand.
         top: what leaves the last layer at the last position, [cells, hidden], with the cells' indices.
         work: positions times layers of all cells.
+        paths: what their paths send, and where it is read.
         done: of these, what is computed.
         told: cells that were reported.
     """
@@ -36,6 +38,7 @@ class ClipSweep:
     target: BaseRun
     taken: TakenStates
     work: int
+    paths: PathStates
     packs: list[Pack] = field(default_factory=list)
     top: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
     parts: list[tuple[Sequence[int], Readout]] = field(default_factory=list)
@@ -54,7 +57,7 @@ class ClipSweep:
         States that live on among short-lived ones would leave holes in the memory of a CPU.
         """
         if self._room is None or self._room.device != like.device:
-            every = sum(self.length - cell.first_position for cell in self.cells)
+            every = sum(self.length - cell.first_position for cell in self.cells if not cell.idle)
             # Not touched yet, so it takes no memory yet.
             self._room, self._used = like.new_empty(1, every, like.shape[-1]), 0
         room = self._room[:, self._used : self._used + tokens]
@@ -92,17 +95,29 @@ class PassPart:
         clip: whose cells they are.
         entering: indices of the cells that start at each layer.
         source_top: the last layer that states are taken from, the number of layers for what leaves the last one.
+        lowest: the first layer whose states are needed.
     """
 
     clip: ClipSweep
     entering: dict[int, list[int]]
     source_top: int
+    lowest: int
+
+    def with_senders(self) -> PassPart:
+        """The same as a clip's first pass: on its way it meets all senders of the clip's paths."""
+        lowest = self.clip.paths.lowest
+        if lowest is None:
+            return self
+        top = max(self.source_top, self.clip.paths.top)
+        return replace(self, lowest=min(self.lowest, lowest), source_top=top)
 
 
 def plan_passes(
     clips: Sequence[tuple[Sequence[Intervention], int]], num_layers: int, most: int
 ) -> list[dict[int, list[int]]]:
     """Which cells go up together: indices of the cells of each pass, by clip; those that start lowest come first.
+
+    Idle cells are the unpatched run, and need none.
 
     Args:
         clips: cells, and the positions of a whole run, of each clip.
@@ -113,6 +128,7 @@ def plan_passes(
         (cell.entry_layer, number, cell.first_position, index)
         for number, (cells, _) in enumerate(clips)
         for index, cell in enumerate(cells)
+        if not cell.idle
     )
     passes: list[dict[int, list[int]]] = []
     held = 0

@@ -93,6 +93,8 @@ def _one_pass(cells: Sequence[Intervention]) -> Pass:
             "a request to a server puts in the same place's states of the clean run: expected patches without a source "
             "of their own, use backend=local"
         )
+    if any(cell.path is not None for cell in cells):
+        raise ModelError("a request to a server patches states: expected no paths, use backend=local")
     for row, cell in enumerate(cells):
         for patch in cell.patches:
             rows, positions = by_layer.setdefault(patch.layer, ([], []))

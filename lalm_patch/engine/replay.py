@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lalm_patch.engine.base_runs import (
     BaseRun,
-    KeyValue,
     LayerInputs,
     LayerView,
     layer_inputs,
@@ -46,6 +45,7 @@ from lalm_patch.engine.memory import (
 )
 from lalm_patch.engine.packs import Pack, Write, arranged, on, prepared, started
 from lalm_patch.engine.passes import ClipSweep, PassPart, collect_beforehand, plan_passes
+from lalm_patch.engine.path_states import PathStates, check_paths, path_sites, senders_of, sent_sites
 from lalm_patch.engine.readout import Readout
 from lalm_patch.engine.sites import check_sites, columns, overwrite, states_at
 from lalm_patch.engine.sources import RUNS, Put, TakenStates, run_places, sites_inside
@@ -74,6 +74,7 @@ class ReplayEngine:
         self.pack_tokens = PACK_TOKENS.get(lalm.device.type, PACK_TOKENS["cpu"]) if pack_tokens is None else pack_tokens
         self.memory_budget = memory_budget
         self._sites: dict[Origin, frozenset[Site]] = dict.fromkeys(RUNS, frozenset())
+        self._source_keys = False
         self._first: int | None = None
         self._runs: list[BaseRun] = []
         self._suffixes = suffix_attention_in(lalm.decoder_module)
@@ -122,11 +123,12 @@ class ReplayEngine:
         budget = self._budget()
         clips = [self._clip(sweep) for sweep in sweeps]
         plan = self._plan(clips, states_within(budget, self.lalm))
-        lowest = [min(layer for part in parts for layer in part.entering) for parts in plan]
+        lowest = [min(part.lowest for part in parts) for parts in plan]
         collect_beforehand(clips, plan, lowest)
         for number, parts in enumerate(plan):
             self._go_up(parts, lowest[number], set(lowest[number + 1 :]), budget)
         for clip in clips:
+            clip.parts += self._unpatched(clip)
             clip.source.forget()
             clip.target.forget()
             clip.sweep.progress(len(clip.cells) - clip.told)
@@ -149,6 +151,8 @@ class ReplayEngine:
         cells = [cell for sweep in sweeps for cell in sweep.grid.cells]
         places = run_places(cells)
         sites = {patch.site for cell in cells for patch in cell.patches} | {place.site for place in places}
+        sites |= path_sites(cells)
+        check_paths(self.lalm, cells)
         if Site.TOWER in sites:
             raise ModelError("replay starts behind the audio encoder: expected sites of the decoder, use engine=direct")
         check_sites(self.lalm, sites)
@@ -158,11 +162,14 @@ class ReplayEngine:
             )
         if any(cell.cuts for cell in cells):
             check_cuts(self.lalm)
-        self._sites = {origin: known | sites_inside(cells, origin) for origin, known in self._sites.items()}
+        sent = sent_sites(cells)
+        self._sites = {origin: known | sites_inside(cells, origin) | sent for origin, known in self._sites.items()}
+        self._source_keys |= any(sender.reads is not None for sender in senders_of(cells))
         # States are kept from the first text position on, or from the first earlier one that is patched or taken.
         taken = [min(patch.taken_positions) for cell in cells for patch in cell.patches if patch.taken_from is not None]
+        taken += [cell.path.earliest_position for cell in cells if cell.path is not None and not cell.idle]
         self._first = min(
-            [cell.first_position for cell in cells]
+            [cell.first_position for cell in cells if not cell.idle]
             + [sweep.target.tokens.text_positions[0] for sweep in sweeps]
             + taken
         )
@@ -171,15 +178,22 @@ class ReplayEngine:
         length = len(sweep.target.tokens)
         source, target = self._run(sweep.source, False, 0), self._run(sweep.target, True, 0)
         work = sum(
-            (self.lalm.num_layers + 1 - cell.entry_layer) * (length - cell.first_position) for cell in sweep.grid.cells
+            (self.lalm.num_layers + 1 - cell.entry_layer) * (length - cell.first_position)
+            for cell in sweep.grid.cells
+            if not cell.idle
         )
-        return ClipSweep(sweep, source, target, TakenStates(sweep.grid.cells, self._sites), work)
+        cells = sweep.grid.cells
+        paths = PathStates(self.lalm, cells, partial(self._inputs, target=sweep.target), self._heads)
+        return ClipSweep(sweep, source, target, TakenStates(cells, self._sites), work, paths)
 
-    def _run(self, encoding: Encoding, keys: bool, budget: float, others: Sequence[BaseRun] = ()) -> BaseRun:
-        """A base run: a known one, where it serves; else a new one, which is kept if a budget has room for it."""
+    def _run(self, encoding: Encoding, own: bool, budget: float, others: Sequence[BaseRun] = ()) -> BaseRun:
+        """A base run: a known one, where it serves; else a new one, which is kept if a budget has room for it.
+
+        `own` is the one that is patched, whose keys and values are needed in any case.
+        """
         text = encoding.tokens.text_positions[0]
         first = text if self._first is None else min(text, self._first)
-        sites = self._sites[Origin.OWN if keys else Origin.OTHER]
+        sites, keys = self._sites[Origin.OWN if own else Origin.OTHER], own or self._source_keys
         for run in (*self._runs, *others):
             if run.serves(encoding, first, sites, keys):
                 return run
@@ -194,14 +208,17 @@ class ReplayEngine:
 
     def _plan(self, clips: Sequence[ClipSweep], most: int) -> list[list[PassPart]]:
         """The cells of each pass: those that start lowest first, as many as `most` positions hold."""
-        passes = []
+        passes: list[list[PassPart]] = []
+        passed: list[dict[int, list[int]]] = []
         for chosen in plan_passes([(clip.cells, clip.length) for clip in clips], self.lalm.num_layers, most):
             parts = []
             for number, indices in chosen.items():
                 clip, entering = clips[number], dict[int, list[int]]()
                 for index in indices:
                     entering.setdefault(clip.cells[index].entry_layer, []).append(index)
-                parts.append(PassPart(clip, entering, clip.taken.top(indices)))
+                part = PassPart(clip, entering, clip.taken.top(indices), min(entering))
+                parts.append(part if any(number in known for known in passed) else part.with_senders())
+            passed.append(chosen)
             passes.append(parts)
         return passes
 
@@ -224,6 +241,7 @@ class ReplayEngine:
                     source = clip.source.view(layer, layer in later)
                     clip.taken.take(Origin.OTHER, layer, source)
                 clip.taken.take(Origin.OWN, layer, target)
+                clip.paths.take(layer, target, source)
                 self._start(clip, part.entering.get(layer, []), layer, source, target)
                 if layer < self.lalm.num_layers:
                     self._advance_all(clip, layer, source, target, tokens)
@@ -243,6 +261,7 @@ class ReplayEngine:
         top = layer == self.lalm.num_layers
         puts = self._prepared(clip, pack.first_writes(layer), source, target.entering.device)
         pack = started(pack, target, puts, None if top else clip.make_room(target.entering, pack.tokens))
+        clip.paths.enter(pack, layer, pack.states)
         if top:
             clip.top.append((pack.indices, pack.states[0].index_select(0, pack.lasts)))
             clip.tell(pack.tokens)
@@ -293,16 +312,24 @@ class ReplayEngine:
 
     def _advance(self, clip: ClipSweep, pack: Pack, layer: int, source: LayerView | None, target: LayerView) -> Pack:
         """A pack after one layer."""
-        layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
+        layout = self._layout(clip, pack, layer, target)
         writes = self._prepared(clip, pack.writes(layer), source, pack.states.device)
         if pack.inputs is None:
             pack.inputs = self._inputs(pack.positions, clip.sweep.target)
         leaving = self._call(layer, pack.states, pack.inputs, layout, writes)
+        # Before the pack's own states are written over: out of memory, it has to be where it was.
+        clip.paths.enter(pack, layer + 1, leaving)
         if leaving.device == pack.states.device:
             pack.states.copy_(leaving)
         else:
             pack.states = leaving
         return pack
+
+    def _layout(self, clip: ClipSweep, pack: Pack, layer: int, target: LayerView) -> SuffixLayout:
+        """Who sees whom and what in a layer; the pack's states are those that enter it."""
+        layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
+        edited = clip.paths.edits(pack, layer, target)
+        return replace(layout, edited=edited) if edited else layout
 
     def _last_layer(self, clip: ClipSweep, pack: Pack, source: LayerView | None, target: LayerView) -> Tensor:
         """What leaves the last layer at the last position of each cell, [cells, hidden].
@@ -310,16 +337,16 @@ class ReplayEngine:
         Only the last position is read, so of the others keys and values are computed alone.
         """
         layer, rows = self.lalm.num_layers - 1, len(pack.cells)
-        layout = pack.layout(target, pack.blocked(layer, self.lalm.num_heads))
+        layout = self._layout(clip, pack, layer, target)
         if pack.tokens > rows:
             if pack.inputs is None:
                 pack.inputs = self._inputs(pack.positions, clip.sweep.target)
-            own = self._keys_and_values(layer, pack.states, pack.inputs, replace(layout, collect=True))
-            layout = layout.last_positions(own, pack.lasts)
+            _, *own = self._heads(layer, pack.states, pack.inputs)
+            layout = layout.last_positions((own[0], own[1]), pack.lasts)
         states = pack.states.index_select(1, pack.lasts)
         inputs = self._inputs(torch.full((rows,), clip.length - 1), clip.sweep.target)
         writes = self._prepared(clip, pack.last_writes(layer), source, states.device)
-        return self._call(layer, states, inputs, layout, writes)[0]
+        return clip.paths.enter_last(pack, self._call(layer, states, inputs, layout, writes)[0])
 
     def _inputs(self, positions: Tensor, target: Encoding) -> LayerInputs:
         """What the decoder hands its layers for tokens at some positions."""
@@ -328,11 +355,12 @@ class ReplayEngine:
         with self._suffixes:
             return layer_inputs(self.lalm, embeds, ids, use_cache=False)
 
-    def _keys_and_values(self, layer: int, states: Tensor, inputs: LayerInputs, layout: SuffixLayout) -> KeyValue:
+    def _heads(self, layer: int, states: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [heads, tokens, head size] that a layer makes of states [1, tokens, hidden]."""
         try:
-            self._call(layer, states, inputs, layout, [])
+            self._call(layer, states, inputs, SuffixLayout.to_collect(states), [])
         except KeysAndValues as known:
-            return known.found
+            return known.query, *known.found
         raise ModelError(f"layer {layer} did not call its attention; use engine=direct")
 
     def _call(
@@ -363,6 +391,16 @@ class ReplayEngine:
     ) -> list[Put]:
         """Writes of one layer with what they put in."""
         return prepared(writes, source, clip.taken, clip.sweep.grid.arrays, partial(columns, self.lalm), device)
+
+    @staticmethod
+    def _unpatched(clip: ClipSweep) -> list[tuple[list[int], Readout]]:
+        """The cells that are the unpatched run by their definition."""
+        idle = [index for index, cell in enumerate(clip.cells) if cell.idle]
+        if not idle:
+            return []
+        own, references = clip.target.logits(), torch.cat([clip.source.logits(), clip.target.logits()])
+        once = Readout.of(own, clip.sweep.option_ids, references)
+        return [([index], once) for index in idle]
 
     def _read(self, clip: ClipSweep, rows: int) -> None:
         """Logits of what has come out at the top."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lalm_patch.engine.attention import AttentionInputs, attention_in, register_attention
 from lalm_patch.engine.base_runs import KeyValue
+from lalm_patch.engine.path_attention import EditedQueries, edited_attention
 
 ATTENTION_NAME = "lalm_patch_suffixes"
 
@@ -56,6 +57,7 @@ class SuffixLayout:
             its position counted from `window_start`.
         num_rows: number of suffixes.
         blocked: edges that are cut in this layer.
+        edited: queries that ask or see something else than their suffix has (paths).
         collect: the layer is called for its keys and values alone, see `KeysAndValues`.
         own: keys and values of all the pack's tokens, where the queries are the suffixes' last positions alone.
     """
@@ -68,6 +70,12 @@ class SuffixLayout:
     blocked: Blocked | None = None
     collect: bool = False
     own: KeyValue | None = None
+    edited: tuple[EditedQueries, ...] = ()
+
+    @classmethod
+    def to_collect(cls, states: Tensor) -> SuffixLayout:
+        """A layout under which a layer gives its queries, keys and values of states and computes no attention."""
+        return cls((states, states), 0, 0, states.new_zeros(0, dtype=torch.long), 0, collect=True)
 
     @property
     def window(self) -> int:
@@ -84,7 +92,8 @@ class SuffixLayout:
         cut = self.blocked
         if cut is not None:
             cut = Blocked(cut.prefix.index_select(1, lasts), cut.window[:, :, -1:])
-        return replace(self, own=own, blocked=cut)
+        edited = [found for each in self.edited if (found := each.of_last(self.length - 1)) is not None]
+        return replace(self, own=own, blocked=cut, edited=tuple(edited))
 
 
 class KeysAndValues(Exception):
@@ -92,11 +101,13 @@ class KeysAndValues(Exception):
 
     Attributes:
         found: keys and values of all tokens.
+        query: their queries, [heads, tokens, head size].
     """
 
-    def __init__(self, found: KeyValue) -> None:
+    def __init__(self, found: KeyValue, query: Tensor) -> None:
         super().__init__("keys and values are known")
         self.found = found
+        self.query = query
 
 
 def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
@@ -110,7 +121,7 @@ def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
         KeysAndValues: they were all that was asked for.
     """
     if suffixes.collect:
-        raise KeysAndValues((inputs.key[0], inputs.value[0]))
+        raise KeysAndValues((inputs.key[0], inputs.value[0]), inputs.query[0])
     query, scale = inputs.query, inputs.scale
     _, heads, tokens, size = query.shape
     key, value = (inputs.key[0], inputs.value[0]) if suffixes.own is None else suffixes.own
@@ -148,7 +159,18 @@ def suffix_attention(inputs: AttentionInputs, suffixes: SuffixLayout) -> Tensor:
         # The share of the whole softmax that falls on the window.
         weight = torch.sigmoid(own_total - total.transpose(1, 2)).unsqueeze(-1)
         own_out = torch.lerp(out.transpose(1, 2).float(), own_out.float(), weight).to(query.dtype)
-    return own_out.transpose(0, 1).reshape(1, tokens, heads, value_size)
+    out = own_out.transpose(0, 1).reshape(1, tokens, heads, value_size)
+    for edited in suffixes.edited:
+        # The run's own keys and values of all positions: before the window those that all suffixes share.
+        whole_keys, whole_values = (
+            torch.cat([prefix[:, : suffixes.window_start], table.view(groups, rows, window, -1)[:, edited.row]], dim=1)
+            for prefix, table in ((prefix_keys, keys), (prefix_values, values))
+        )
+        tokens_of = edited.tokens.to(query.device)
+        out[0, tokens_of] = edited_attention(
+            query[0].index_select(1, tokens_of), whole_keys, whole_values, edited, scale
+        )
+    return out
 
 
 def _for_groups(blocked: Tensor, groups: int, share: int) -> Tensor:

@@ -30,6 +30,9 @@ MOST_SINGLE_LINES = 50
 STRONGEST = 2.0
 """The colour scale ends here at the latest, so that one extreme cell does not bleach all others."""
 
+SINGLE_PATHS = 0.1
+"""Of single paths, which carry little each, it reaches at least so far."""
+
 
 def plot_run(dataset: xr.Dataset, folder: Path, recovery: xr.Dataset | None = None, name: str = "figure") -> list[Path]:
     """Draw a run.
@@ -37,7 +40,7 @@ def plot_run(dataset: xr.Dataset, folder: Path, recovery: xr.Dataset | None = No
     Layer-wise: mean recovery with its bootstrap band (where groups are too few for one, the legend says so), single
     samples behind it if there are at most `MOST_SINGLE_LINES`. Token-wise, and of single heads: a heatmap of layers and
     tokens (or heads) whose colours are symmetric about 0, so that equal distances from 0 look equally strong; the scale
-    reaches at least 1 and at most `STRONGEST`.
+    reaches at least 1 (of paths `SINGLE_PATHS`) and at most `STRONGEST`.
 
     Args:
         dataset: the run's dataset; without a kept sample the picture says why there is nothing to see.
@@ -154,10 +157,15 @@ def _draw_columns(dataset: xr.Dataset, recovery: xr.Dataset) -> Figure:
     figure, axes = canvas(float(np.clip(0.3 * n_columns, 2.4, 7.0)), float(np.clip(0.24 * n_layers, 1.6, 6.0)))
     if column == "source_layer":
         _mark_own_places(axes, recovery)
+    least = 1.0
+    if column == "receiver_layer":  # what is written at the end of a window's readers or above is none of theirs
+        least = SINGLE_PATHS
+        top = recovery[column].values + about(dataset).window - 1
+        means = np.where(top[None] <= recovery["layer"].values[:, None], np.nan, means)
     measure = f"mean {about(dataset).measure}"
     if column == "source_layer" and about(dataset).direction == "noising":
         means, measure = means - 1, f"{measure} - 1\n(0: as in the clean run)"
-    heatmap(figure, axes, recovery["layer"], means, measure)
+    heatmap(figure, axes, recovery["layer"], means, measure, least=least)
     numbers = all(name.isdigit() for name in names)
     every = np.arange(0, n_columns, max(1, -(-n_columns // 16)) if numbers else 1)
     axes.set_xticks(every + 0.5, [names[k] for k in every], fontsize=8, rotation=0 if numbers else 90)
@@ -185,15 +193,22 @@ def axis_name(labels: xr.DataArray) -> str:
 
 
 def heatmap(
-    figure: Figure, axes: Axes, layers: xr.DataArray, means: np.ndarray, name: str, others: Sequence[np.ndarray] = ()
+    figure: Figure,
+    axes: Axes,
+    layers: xr.DataArray,
+    means: np.ndarray,
+    name: str,
+    others: Sequence[np.ndarray] = (),
+    least: float = 1.0,
 ) -> None:
     """Means [layer, column] in colours symmetric about 0, with their scale beside them and the layers' numbers.
 
-    The scale reaches as far as these means and `others`, which are drawn beside them with the same colours.
+    The scale reaches as far as these means and `others`, which are drawn beside them with the same colours; at least to
+    `least`.
     """
     width, height = figure.get_size_inches()
     largest = max(float(np.nanmax(np.abs(values))) for values in (means, *others))
-    limit = min(max(1.0, largest), STRONGEST)
+    limit = min(max(least, largest), STRONGEST)
     colours = diverging()
     image = axes.pcolormesh(means, cmap=colours, norm=Normalize(-limit, limit), edgecolors="none", rasterized=True)
     rows = np.arange(0, len(layers), max(1, int(np.ceil(0.15 * len(layers) / height))))

@@ -13,6 +13,7 @@ from lalm_patch.errors import ConfigError
 from lalm_patch.interventions.patches import Cut, Intervention, Origin, Patch, Site, Source
 from lalm_patch.interventions.segments import AUDIO, AUDIO_TEXT, KNOCKOUTS, edge, edge_names, has_edge
 from lalm_patch.interventions.spans import Spans, audio_windows, tower_windows
+from lalm_patch.interventions.ways import STANDARD, way_cell
 from lalm_patch.settings import GranularitySettings, SiteSettings
 
 if TYPE_CHECKING:
@@ -185,6 +186,28 @@ def steer_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
     return Grid(("layer", "steering"), coords, tuple(cells))
 
 
+def path_grid(tokens: TokenTable, layers: Sequence[int], place: Place) -> Grid:
+    """A way through the prompt (`lalm_patch.interventions.ways`), for each (layer of the senders, of the receivers).
+
+    Each layer stands for its window; what is written above the receivers does not reach them.
+
+    Raises:
+        ConfigError: the prompt has no such way, or none of these receivers is above a sender.
+    """
+    cells = tuple(
+        way_cell(tokens, place.way, place.layers_from(low), place.layers_from(high), place.site)
+        for low in layers
+        for high in place.receivers
+    )
+    if all(cell.idle for cell in cells):
+        raise ConfigError(
+            f"granularity.layers={list(layers)}, granularity.receivers={list(place.receivers)}: no path leads "
+            "from these to those; expected receivers in a layer above one of the senders"
+        )
+    coords = {"layer": np.asarray(layers), "receiver_layer": np.asarray(place.receivers)}
+    return Grid(("layer", "receiver_layer"), coords, cells)
+
+
 CLASS_DIRECTION = "class mean"
 """Name of the direction from the other classes' means to that of the clip's class."""
 
@@ -206,6 +229,8 @@ class Place:
         replacement: of granularity=ablate, what is put in: `zero` or `mean`.
         strength: of granularity=steer, how much of a direction is added.
         controls: likewise, random directions.
+        way: of granularity=path, the segments it leads through.
+        receivers: likewise, the layers in which the last of them reads.
     """
 
     site: Site = Site.RESID
@@ -220,6 +245,8 @@ class Place:
     replacement: str = "zero"
     strength: float = 1.0
     controls: int = 0
+    way: str = STANDARD
+    receivers: tuple[int, ...] = ()
 
     @property
     def layer_kind(self) -> str:
@@ -251,6 +278,9 @@ def place_in(
     if granularity is not None and granularity.name == "steer":
         strength = 1.0 if granularity.strength is None else granularity.strength
         return replace(place, strength=strength, controls=granularity.controls or 0)
+    if granularity is not None and granularity.name == "path":
+        receivers = window_starts(place, granularity.receivers, "granularity.receivers")
+        return replace(place, way=granularity.path or STANDARD, receivers=receivers)
     if granularity is None or granularity.name not in KNOCKOUTS:
         return place
     return replace(place, knockout=True, edges=tuple(granularity.edges or ()))
@@ -291,6 +321,9 @@ GRANULARITIES: dict[str, Callable[[TokenTable, Sequence[int]], Grid]] = {
     "back": lambda tokens, layers: back_grid(tokens, layers, Place(sources=tuple(layers))),
     "ablate": lambda tokens, layers: ablate_grid(tokens, layers, Place(num_layers=max(layers) + 1)),
     "steer": lambda tokens, layers: steer_grid(tokens, layers, Place()),
+    "path": lambda tokens, layers: path_grid(
+        tokens, layers, Place(Site.ATTN, num_layers=max(layers) + 1, receivers=tuple(layers))
+    ),
 }
 
 SOURCED: dict[str, Callable[[TokenTable, Sequence[int], Place], Grid]] = {
@@ -312,10 +345,19 @@ def back_layers(num_layers: int, layers: Sequence[int] | None, setting: str = "g
     return tuple(sorted({round(float(layer)) for layer in np.linspace(0, num_layers - 1, BACK_LAYERS)}))
 
 
+def window_starts(place: Place, layers: Sequence[int] | None, setting: str = "granularity.layers") -> tuple[int, ...]:
+    """The layers that windows begin at: those asked for (see `chosen_layers`), or windows side by side over all."""
+    if layers is not None:
+        return chosen_layers(place.num_layers, layers, setting=setting)
+    return tuple(range(0, place.num_layers, place.window))
+
+
 def patched_layers(place: Place, granularity: GranularitySettings) -> tuple[int, ...]:
-    """The layers of a run's grid; see `chosen_layers` and, of granularity=back, `back_layers`."""
+    """The layers of a run's grid; see `chosen_layers`, of granularity=back `back_layers`, of path `window_starts`."""
     if granularity.name == "back":
         return back_layers(place.num_layers, granularity.layers)
+    if granularity.name == "path":
+        return window_starts(place, granularity.layers)
     return chosen_layers(place.num_layers, granularity.layers, place.layer_kind)
 
 
@@ -359,6 +401,8 @@ def make_grid(granularity: str, tokens: TokenTable, layers: Sequence[int], place
         return at_place(edge_grid(tokens, layers, place.edges), place)
     if granularity == "audio" and place is not None:
         return at_place(audio_grid(tokens, layers, place), place)
+    if granularity == "path" and place is not None:
+        return path_grid(tokens, layers, place)
     if granularity in SOURCED and place is not None:
         return SOURCED[granularity](tokens, layers, place)
     grid = GRANULARITIES[granularity](tokens, layers)

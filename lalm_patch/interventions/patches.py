@@ -8,24 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-
-class Site(StrEnum):
-    """A named place in the model, in the order in which a forward pass meets them: in every decoder layer, but for the
-    first two."""
-
-    TOWER = "tower"
-    """What leaves a layer of the audio encoder, [chunks, frames, width]; positions are frames, chunk after chunk."""
-    EMBED = "embed"
-    """What enters the first decoder layer, [batch, positions, hidden]: at audio positions the projector's output."""
-    HEAD = "head"
-    """One attention head's part of what enters the output projection, [batch, positions, head size]."""
-    ATTN = "attn"
-    """What self-attention adds to the residual stream: its output, [batch, positions, hidden]."""
-    MLP = "mlp"
-    """What the MLP adds to the residual stream: its output, [batch, positions, hidden]."""
-    RESID = "resid"
-    """The residual stream after the layer: the decoder layer's output, [batch, positions, hidden]."""
-
+from lalm_patch.interventions.paths import PathPatch
+from lalm_patch.interventions.sites import Site as Site
 
 _ORDER = {site: index for index, site in enumerate(Site)}
 """Sites in the order in which a layer's forward pass meets them."""
@@ -265,17 +249,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Intervention:
-    """What one cell of a grid does: patches, in the order in which a forward pass meets them, and cuts.
+    """What one cell of a grid does: patches, in the order in which a forward pass meets them, and cuts; or paths.
 
     The empty intervention is the run itself into which others are patched.
     """
 
     patches: tuple[Patch, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    path: PathPatch | None = None
 
-    def __init__(self, patches: Iterable[Patch] = (), cuts: Iterable[Cut] = ()) -> None:
+    def __init__(self, patches: Iterable[Patch] = (), cuts: Iterable[Cut] = (), path: PathPatch | None = None) -> None:
         object.__setattr__(self, "patches", tuple(sorted(patches, key=lambda patch: patch.moment)))
         object.__setattr__(self, "cuts", tuple(sorted(cuts, key=lambda cut: cut.layer)))
+        object.__setattr__(self, "path", path)
+        if path is not None and (self.patches or self.cuts):
+            raise ValueError("a path holds everything else at the unpatched run: expected no patches, no cuts with it")
         if any(not patch.plain for patch in self.patches):
             self._check_overlap()
 
@@ -292,13 +280,22 @@ class Intervention:
                 known[place] = patch.plain
 
     @property
+    def idle(self) -> bool:
+        """Whether it is the unpatched run by its definition: nothing that is written reaches anything that reads it."""
+        return not self.patches and not self.cuts and (self.path is None or not self.path.reached)
+
+    @property
     def entry_layer(self) -> int:
         """The first layer that has to be computed: everything below is the unpatched run's."""
+        if self.path is not None:
+            return self.path.entry_layer
         return min([patch.entry_layer for patch in self.patches] + [cut.entry_layer for cut in self.cuts])
 
     @property
     def first_position(self) -> int:
         """The first position whose states change; earlier ones keep theirs (causal attention)."""
+        if self.path is not None:
+            return self.path.first_position
         return min([patch.positions[0] for patch in self.patches] + [cut.targets[0] for cut in self.cuts])
 
     @property

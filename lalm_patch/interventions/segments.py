@@ -16,6 +16,7 @@ from lalm_patch.models.roles import ROLES
 if TYPE_CHECKING:
     from lalm_patch.models import TokenTable
 
+SETTING = "granularity.edges"
 TEXT = "text"
 AUDIO = "audio"
 AUDIO_TEXT = f"{AUDIO}-{TEXT}"
@@ -29,20 +30,20 @@ def edge_names(segments: Sequence[str]) -> tuple[str, ...]:
     return (*from_audio, *(f"{segment}-last" for segment in segments if segment != "last"))
 
 
-def check_edges(names: Sequence[str]) -> None:
+def check_edges(names: Sequence[str], setting: str = SETTING) -> None:
     """Raises ConfigError for what is no edge between two segments, or an edge that causal attention does not have."""
     order = {role: place for place, role in enumerate(ROLES)} | {TEXT: len(ROLES)}
     for name in names:
         source, found, target = name.partition("-")
         if not found or source not in ROLES[1:] or target not in (*ROLES[2:], TEXT) or source == target:
             raise ConfigError(
-                f"granularity.edges: {name!r} is no edge; expected SOURCE-TARGET like audio-last, object-last or "
+                f"{setting}: {name!r} is no edge; expected SOURCE-TARGET like audio-last, object-last or "
                 f"audio-text, of {', '.join(ROLES[1:])} and, as target, {TEXT}"
             )
         if target == TEXT and source != AUDIO:
-            raise ConfigError(f"granularity.edges: {name!r}: a segment belongs to the text itself; expected audio-text")
+            raise ConfigError(f"{setting}: {name!r}: a segment belongs to the text itself; expected audio-text")
         if order[source] > order[target] and "template" not in (source, target):
-            raise ConfigError(f"granularity.edges: {name!r}: causal attention, {target} comes before {source}")
+            raise ConfigError(f"{setting}: {name!r}: causal attention, {target} comes before {source}")
 
 
 def edge(tokens: TokenTable, name: str, layer: int) -> Cut:
@@ -67,8 +68,8 @@ def has_edge(name: str, segments: Sequence[str]) -> bool:
     return source in (AUDIO, *segments) and target in (TEXT, *segments)
 
 
-def check_present(names: Sequence[str], segments: Sequence[str]) -> None:
+def check_present(names: Sequence[str], segments: Sequence[str], setting: str = SETTING) -> None:
     """Raises ConfigError for an edge that a prompt with these segments lacks."""
     if missing := [name for name in names if not has_edge(name, segments)]:
         known = ", ".join(edge_names(segments))
-        raise ConfigError(f"granularity.edges: this prompt has no edge {', '.join(missing)}; it has {known}")
+        raise ConfigError(f"{setting}: this prompt has no edge {', '.join(missing)}; it has {known}")

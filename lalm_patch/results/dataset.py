@@ -30,6 +30,7 @@ _AXES = {
     "source_layer": "states of layer, from 0",
     "ablated": "what is replaced",
     "steering": "direction that is added",
+    "receiver_layer": "read there in layer, from 0",
 }
 _LAYERS = {"tower": "audio encoder layer, from 0", "embed": "decoder layer, whose input is patched"}
 """What layers are at the sites that are not of all decoder layers."""
@@ -341,6 +342,8 @@ def _coordinates(
         coordinates["layer"][2]["long_name"] = _LAYERS[site]
     if "source_layer" in coords:
         coordinates["layer"][2]["long_name"] = "at the start of layer, from 0"
+    if "receiver_layer" in coords:
+        coordinates["layer"][2]["long_name"] = "written in layer, from 0"
     attributes = {"long_name": "position, counted from the first one after the audio"}
     coordinates["token"] = ("token", np.arange(length), attributes)
     return coordinates

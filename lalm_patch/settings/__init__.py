@@ -117,7 +117,8 @@ class GranularitySettings:
         name: layer (all text positions), token (one), segment (all of a segment), audio (a window of the audio), edge
             (attention between two segments is cut), early_text_only (attention of the text to the audio is cut up to a
             layer), back (the audio's states of one layer written where another begins), ablate (zeros or a mean in
-            place of the audio's or a segment's), or steer (a direction added to the text's).
+            place of the audio's or a segment's), steer (a direction added to the text's), or path (what a segment's
+            attention reads, as a later segment reads it there).
         layers: in which decoder layers; null for all (of granularity=back, nine of them, evenly spaced).
         edges: of granularity=edge, which ones, as SOURCE-TARGET; null for all; site=head takes exactly one.
         seconds: of granularity=audio, length of a window in time; null to count positions.
@@ -126,6 +127,9 @@ class GranularitySettings:
         replacement: of granularity=ablate, what is put in: zero, or mean (the mean over clips of the run).
         strength: of granularity=steer, how much of a direction is added, in units of the difference of class means.
         controls: of granularity=steer, how many random directions of the same length are added instead, for comparison.
+        path: of granularity=path, the segments it leads through: SOURCE-RELAY-TARGET, or RELAY-TARGET for all that the
+            relay has at the site.
+        receivers: of granularity=path, the layers in which the target reads the relay; null for all.
     """
 
     name: Annotated[str, Name()] = MISSING
@@ -137,6 +141,8 @@ class GranularitySettings:
     replacement: Annotated[str | None, one_of("zero", "mean")] = None
     strength: Annotated[float | None, Number(0, 1000)] = None
     controls: Annotated[int | None, Whole(0, 20)] = None
+    path: str | None = None
+    receivers: list[int] | None = None
 
 
 @dataclass

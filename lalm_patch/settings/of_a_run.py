@@ -42,5 +42,7 @@ ADDED_LATER: dict[str, object] = {
     "granularity.replacement": None,
     "granularity.strength": None,
     "granularity.controls": None,
+    "granularity.path": None,
+    "granularity.receivers": None,
 }
 """Settings that older runs do not know, and the value that does what those runs did: it tells no runs apart."""

@@ -110,6 +110,8 @@ def describe(settings: RunSettings, command: str) -> dict[str, Any]:
         "et al., arXiv 2406.12775",
         "ablate": f"{settings.granularity.replacement or 'zero'} ablation of the clean run",
         "steer": f"activation steering of the {run} run along differences of class means",
+        "path": f"path patching of the {run} run, {settings.granularity.path}; Wang et al., arXiv 2211.00593; "
+        "Goldowsky-Dill et al., arXiv 2304.05969",
     }.get(settings.granularity.name, f"activation patching, {into}; Chen, Huang and Lee, arXiv 2603.13768")
     return {
         "title": f"Causal tracing of {settings.model.name} on {settings.attr.name}, {settings.granularity.name}-wise",

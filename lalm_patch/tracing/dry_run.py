@@ -20,6 +20,7 @@ from lalm_patch.checks import STATEMENTS
 from lalm_patch.engine.approximate import check_relevance
 from lalm_patch.engine.choose import EXACT_STEPS, PROOF_STEPS, replay_obstacle
 from lalm_patch.engine.cuts import check_cuts
+from lalm_patch.engine.direct_paths import direct_passes
 from lalm_patch.engine.memory import (
     GIB,
     KEPT_SHARE,
@@ -32,6 +33,7 @@ from lalm_patch.engine.memory import (
     tokens_within,
 )
 from lalm_patch.engine.passes import plan_passes, sources_cost
+from lalm_patch.engine.path_states import path_positions
 from lalm_patch.engine.sites import check_sites
 from lalm_patch.engine.sources import run_places
 from lalm_patch.errors import DataError
@@ -177,9 +179,11 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         points = settings.engine.steps if settings.engine.name == "integrated_gradients" else 1
         backward = points * (options + 1)
     if replay:
-        first = min([first, *(cell.first_position for cell in cells)])
-        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in cells]
+        moving = [cell for cell in cells if not cell.idle]
+        first = min([first, *(cell.first_position for cell in moving)])
+        suffixes = [(cell.entry_layer, length - cell.first_position) for cell in moving]
         positions = 2 * layers * length + sum((layers - entry) * suffix for entry, suffix in suffixes)
+        positions += path_positions(cells)
         given = settings.engine.memory_budget
         budget = free_budget(lalm.decoder_module) if given is None else given * GIB
         total = sum(suffix for _, suffix in suffixes)
@@ -198,7 +202,7 @@ def estimate(lalm: LALM, grid: Grid, tokens: TokenTable, settings: RunSettings, 
         working = sum(kept) + (2 * going_up + taken) * item * config.hidden_size + pack * bytes_per_token(lalm, length)
     else:
         # Runs that states are taken from go through once more for these.
-        passes = 2 + len({place.origin for place in run_places(cells)}) + len(cells)
+        passes = 2 + len({place.origin for place in run_places(cells)}) + direct_passes(cells)
         positions = passes * layers * length
         working = length * bytes_per_token(lalm, length)
     if backward:  # both runs' states, every point's own pass; a backward pass costs two forward ones
@@ -257,6 +261,8 @@ def _source_lines(settings: RunSettings, grid: Grid, cost: Cost, replay: bool) -
         return [f"sources  clean runs of at most {MEAN_CLIPS} clips before the first one, for their mean states"]
     if granularity.name == "steer":
         return [f"sources  clean runs of at most {DIRECTION_CLIPS} clips before the first one, for class means"]
+    if granularity.name == "path":
+        return [_path_line(grid, replay)]
     places = run_places(grid.cells)
     if not places or all(patch.plain for cell in grid.cells for patch in cell.patches):
         return []
@@ -266,6 +272,17 @@ def _source_lines(settings: RunSettings, grid: Grid, cost: Cost, replay: bool) -
         f"; {cost.again} layers of base runs are computed once more" if cost.again else ", or from runs that are kept"
     )
     return [f"sources  states of {cost.taken} positions and layers, taken on the way{again}"]
+
+
+def _path_line(grid: Grid, replay: bool) -> str:
+    """How many cells have paths, and what those take."""
+    leading = [cell for cell in grid.cells if not cell.idle]
+    senders = {sender for cell in leading if cell.path is not None for sender in cell.path.senders}
+    said = f"paths    {len(leading)} of {len(grid.cells)} cells lead somewhere, the others are 0 by definition"
+    if replay:
+        more = path_positions(grid.cells)
+        return f"{said}; {len(senders)} senders, each computed once, {more} positions of senders and receivers in all"
+    return f"{said}; a cell takes several forward passes, everything held between senders and receivers"
 
 
 def _token_lines(tokens: TokenTable) -> list[str]:

@@ -21,6 +21,7 @@ from lalm_patch.errors import ModelError
 from lalm_patch.interventions.grids import Grid, make_grid, patched_layers, place_in
 from lalm_patch.interventions.patches import Site
 from lalm_patch.interventions.segments import check_present
+from lalm_patch.interventions.ways import check_way
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.models.proof import make_pair, passes, prove
 from lalm_patch.settings import RunSettings
@@ -96,6 +97,8 @@ class Tracer:
         self.rounding: Rounding
         example = self._open(replace(fixed, transcript=self.transcripts.example))
         check_present(self.place.edges, example.segments)
+        if self.place.receivers:
+            check_way(self.place.way, example.segments)
         grid = self.grid(example)
         self.dims, self.coords, self.cells_per_sample = grid.dims, grid.coords, len(grid.cells)
         self.example_prompt = _as_sent(example)
@@ -374,10 +377,10 @@ class Tracer:
         return worst if found else None
 
     def _spots(self, record: Record, grid: Grid, count: int = SPOT_CHECKED_PER_SAMPLE) -> np.ndarray:
-        """Indices of the cells of a sample that are computed twice."""
+        """Indices of the cells of a sample that are computed twice; those that nothing is computed for are left out."""
         seed = [self.settings.seed, *record.id.encode()]
-        count = min(count, len(grid.cells))
-        return np.random.default_rng(seed).choice(len(grid.cells), count, replace=False)
+        computed = [index for index, cell in enumerate(grid.cells) if not cell.idle]
+        return np.random.default_rng(seed).choice(computed, min(count, len(computed)), replace=False)
 
 
 def _as_sent(tokens: TokenTable) -> str:

@@ -113,6 +113,7 @@ COLUMNS: dict[str, tuple[Value, Reduce]] = {
     "largest RR": (_of(lambda found: found.largest), np.mean),
     "path 1": (_path(0), np.mean),
     "path 2": (_path(1), np.mean),
+    "largest false": (_of(lambda found: found.false), np.max),
     "agreement": (_of(lambda found: found.agreement), np.mean),
     "engines differ": (lambda row: row.spot_check, np.max),
 }
@@ -143,12 +144,12 @@ def _shown(name: str, value: float) -> str:
         return f"{value:.0f}"
     if name in ("layer", "position", "depth", "covered"):
         return f"{value:.1%}"
-    return f"{value:.1e}" if name in ("engines differ", "width") else f"{value:.3f}"
+    return f"{value:.1e}" if name in ("engines differ", "width", "largest false") else f"{value:.3f}"
 
 
 def _sought(method: str) -> str:
     """What the column `position` is about."""
-    if method in ("segment", "edge"):
+    if method in ("segment", "edge", "path"):
         return method
     return "head" if method in METHODS and METHODS[method].site is Site.HEAD else "position"
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lalm_patch.interventions.patches import Intervention, Origin, Patch, Site
+from lalm_patch.interventions.paths import Input, PathPatch, Sender
 from lalm_patch.models import TokenTable
 from lalm_patch.tracing.metrics import recovery_rate
 
@@ -135,8 +136,11 @@ class Circuit:
 
         Args:
             audio: the clip's class register [audio position, class]; silence has zeros.
-            interventions: patches of text positions; the empty intervention is the corrupted run.
+            interventions: patches of text positions, or paths from attention to keys and values; the empty
+                intervention is the corrupted run.
         """
+        if any(each.path is not None for each in interventions):
+            return self._with_paths(audio, interventions)
         clean = self._run(self._start(audio), [Intervention()], None)
         patched = self._run(self._start(np.zeros_like(audio)), interventions, clean)
         return self._read(patched.after[-1])
@@ -165,6 +169,60 @@ class Circuit:
         cut = self._read(self._run(self._start(audio), interventions, None).after[-1])[:, answer]
         silent = self.probabilities(audio, [Intervention()])[0, answer]
         return np.asarray(recovery_rate(cut, silent, self.clean_probabilities(audio)[answer]))
+
+    def _with_paths(self, audio: FloatArray, interventions: Sequence[Intervention]) -> FloatArray:
+        """As `probabilities`, of paths and of empty interventions."""
+        clean, silent = (
+            [start, *(states[0] for states in self._run(start, [Intervention()], None).after)]
+            for start in (self._start(audio), self._start(np.zeros_like(audio)))
+        )
+        unpatched = self._read(silent[-1][None])[0]
+        rows = [unpatched if each.path is None else self._along(each.path, clean, silent) for each in interventions]
+        return np.stack(rows)
+
+    def _along(self, path: PathPatch, clean: Sequence[FloatArray], silent: Sequence[FloatArray]) -> FloatArray:
+        """P(option) of the silent run with a path; both runs are given by their registers [position, register, class]
+        before every layer and after the last."""
+        sent = [(sender, self._sent(sender, clean[sender.layer], silent[sender.layer])) for sender in path.senders]
+        states = silent[path.entry_layer]
+        for layer in range(path.entry_layer, self.layers):
+            more = sum((written for sender, written in sent if sender.reaches <= layer), np.zeros_like(states))
+            leaving = states.copy()
+            for move in self.moves:
+                for target in move.targets(len(states) - self.text) if move.layer == layer else ():
+                    keys, values = states.copy(), states.copy()
+                    for receiver, positions in path.at(layer):
+                        seen = receiver.seen_by is None or target in receiver.seen_by
+                        if seen and receiver.head in (None, move.head):
+                            read = keys if receiver.input is Input.KEY else values
+                            read[list(positions)] += more[list(positions)]
+                    leaving[target, move.writes] += self._moved(move, target, states, keys, values)
+            states = leaving
+        return np.asarray(self._read(states[None])[0])
+
+    def _sent(self, sender: Sender, clean: FloatArray, silent: FloatArray) -> FloatArray:
+        """What attention writes otherwise than in the silent run: [position, register, class]."""
+        written = np.zeros_like(silent)
+        read = silent.copy()
+        if sender.reads is not None:
+            read[list(sender.reads)] = clean[list(sender.reads)]
+        for move in self.moves:
+            if move.layer != sender.layer or sender.head not in (None, move.head):
+                continue
+            for target in set(move.targets(len(silent) - self.text)) & set(sender.positions):
+                asks = clean if sender.reads is None else silent
+                seen = clean if sender.reads is None else read
+                written[target, move.writes] += self._moved(move, target, asks, seen, seen)
+                written[target, move.writes] -= self._moved(move, target, silent, silent, silent)
+        return written
+
+    def _moved(self, move: Move, target: int, asks: FloatArray, keys: FloatArray, values: FloatArray) -> FloatArray:
+        """What a head moves to a position, [class], with the states that its query, its keys and its values read."""
+        first = len(asks) - self.text
+        audio = list(range(SINK_POSITIONS, min(first, target + 1)))
+        source = audio if move.source is None else [first + move.source]
+        looks = _attention(_size(asks[None, target]), _size(keys[None, source]))[0]
+        return np.asarray(move.gain * (looks * (values / _size(values))[source, move.reads]).sum(axis=0))
 
     def _start(self, audio: FloatArray) -> FloatArray:
         """Registers of all positions before the first layer: [position, register, class]."""
@@ -253,6 +311,8 @@ class Window:
         return np.where(outside, 0.0, np.nan)
 
     def _recovery(self, intervention: Intervention, last: int) -> float:
+        if intervention.path is not None:
+            return 0.0 if intervention.idle or not self._moves(intervention.path) else np.nan
         layers = [patch.layer for patch in intervention.patches]
         if any(patch.site is not Site.RESID for patch in intervention.patches):
             return np.nan
@@ -261,6 +321,11 @@ class Window:
         if all(layer >= self.end - 1 for layer in layers):
             return float(any(last in patch.positions for patch in intervention.patches))
         return np.nan
+
+    def _moves(self, path: PathPatch) -> bool:
+        """Whether attention writes where the path begins and is read where it ends; elsewhere its output is zero."""
+        layers = [sender.layer for sender in path.senders] + [receiver.layer for receiver, _ in path.reached]
+        return all(self.first <= layer < self.end for layer in layers)
 
 
 Truth = Circuit | Window

@@ -12,6 +12,7 @@ from lalm_patch.engine import ApproximateEngine, Progress, Readout, ReplayEngine
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions.grids import GRANULARITIES, Grid, Place, at_place
 from lalm_patch.interventions.patches import Intervention, Site
+from lalm_patch.interventions.paths import Input, PathPatch, Receiver, Sender
 from lalm_patch.interventions.segments import TEXT, edge, edge_names
 from lalm_patch.models import LALM, Encoding, TokenTable
 from lalm_patch.settings import APPROXIMATE, EngineSettings
@@ -96,6 +97,26 @@ def edge_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
     return Grid(("layer", "edge", "head"), coords, tuple(cells))
 
 
+def path_grid(tokens: TokenTable, layers: Sequence[int]) -> Grid:
+    """Audio -> one text position -> last: what attention of one layer reads there from the audio, as attention of
+    another layer at the last position reads it, for each (layer, receiving layer, position)."""
+    *relays, last = tokens.text_positions
+    audio = tokens.audio_positions
+    cells = [
+        Intervention(
+            path=PathPatch(
+                (Sender(low, (relay,), reads=audio),),
+                tuple(Receiver(high, (relay,), kind, seen_by=(last,)) for kind in (Input.KEY, Input.VALUE)),
+            )
+        )
+        for low in layers
+        for high in layers
+        for relay in relays
+    ]
+    coords = {"layer": np.asarray(layers), "receiver_layer": np.asarray(layers), "relay": np.arange(len(relays))}
+    return Grid(("layer", "receiver_layer", "relay"), coords, tuple(cells))
+
+
 def approximation(rule: str) -> Callable[[LALM], Sweeper]:
     """What makes an approximate engine for a model."""
     return lambda lalm: ApproximateEngine(lalm, ReplayEngine(lalm), rule, EngineSettings().steps)
@@ -106,6 +127,7 @@ register(Method("token", GRANULARITIES["token"]))
 register(Method("segment", GRANULARITIES["segment"]))
 register(Method("head", head_grid, site=Site.HEAD))
 register(Method("edge", edge_grid, site=Site.HEAD, cuts=True))
+register(Method("path", path_grid, site=Site.ATTN))
 for _rule in APPROXIMATE:
     register(Method(f"{_rule}_token", GRANULARITIES["token"], approximation(_rule), exact=False))
     register(Method(f"{_rule}_head", head_grid, approximation(_rule), Site.HEAD, exact=False))

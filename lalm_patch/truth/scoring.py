@@ -17,6 +17,8 @@ from lalm_patch.truth.circuit import FloatArray
 CARRIES, EMPTY = 0.05, 0.01
 """A cell is planted if its true recovery is at least the first (in size), empty if at most the second; between the two
 it does not count for the ranking."""
+NOTHING = 1e-9
+"""A cell's true recovery is 0 if it is smaller, in size."""
 WITHIN = 1.0
 ROUNDING = 1e-4
 """Layers by which rounding may move a fusion depth past the end of an interval that has next to no width."""
@@ -32,7 +34,7 @@ class Score:
         layer: whether the largest cell (before the last token) is a planted one; of a layer-wise run, whether the
             steepest rise is in a planted layer.
         position: whether the position (or segment) of the largest cell before the last token is a planted one; of
-            single heads, whether the head of the largest cell is.
+            single heads, whether the head of the largest cell is; of paths, whether the largest cell is.
         depth: estimated fusion depth in layers.
         depth_error: distance of the estimate from the planted layers; infinite for an estimate that does not exist.
         covered: whether the interval holds the depth of the whole population of clips; NaN without an interval.
@@ -40,6 +42,7 @@ class Score:
         largest: largest mean recovery of any cell.
         paths: largest mean recovery at each planted position before the last, descending.
         agreement: of an approximation, the correlation of its recovery rates with exact ones.
+        false: largest mean recovery, in size, of the cells whose true one is 0; NaN without such cells.
     """
 
     kept: int
@@ -53,6 +56,7 @@ class Score:
     largest: float
     paths: tuple[float, ...]
     agreement: float = np.nan
+    false: float = np.nan
 
     @property
     def within(self) -> float:
@@ -75,7 +79,7 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
     mean = recovery["mean"].transpose("layer", ...).values
     if not np.isfinite(mean).all():
         return None
-    if "head" in recovery.dims:
+    if {"head", "receiver_layer"} & set(recovery.dims):
         return _score_heads(run, mean.reshape(len(mean), -1), expected.reshape(len(mean), -1))
     by_place = mean.ndim > 1  # tokens or segments; the last of them is where the answer is read
     truth = expected[:, -1] if by_place else expected
@@ -99,6 +103,7 @@ def score(run: xr.Dataset, expected: FloatArray, population: xr.Dataset | None =
         largest=float(mean.max()),
         paths=paths,
         agreement=_agreement(run),
+        false=_false(mean, expected),
     )
 
 
@@ -108,14 +113,24 @@ def _agreement(run: xr.Dataset) -> float:
 
 
 def _score_heads(run: xr.Dataset, mean: FloatArray, expected: FloatArray) -> Score:
-    """Single heads [layer, head, or edge and head] have no curve that rises to 1: where is the largest cell?"""
+    """Single heads [layer, head, or edge and head] and paths [layer, all else] have no curve that rises to 1: where is
+    the largest cell?"""
     layer, head = np.unravel_index(int(mean.argmax()), mean.shape)
     planted = np.abs(expected) >= CARRIES
     found = (float(planted[layer].any()), float(planted[layer, head])) if planted.any() else (np.nan, np.nan)
     unasked = dict.fromkeys(("depth", "depth_error", "covered", "width"), np.nan)
     ranking = auroc(np.abs(mean), expected)
     largest, agreement = float(mean.max()), _agreement(run)
-    return Score(int(run.kept.sum()), ranking, *found, **unasked, largest=largest, paths=(), agreement=agreement)
+    false = _false(mean, expected)
+    return Score(
+        int(run.kept.sum()), ranking, *found, **unasked, largest=largest, paths=(), agreement=agreement, false=false
+    )
+
+
+def _false(mean: FloatArray, expected: FloatArray) -> float:
+    """What is largest where nothing is; what is left of exp(-30) does not count."""
+    nothing = np.abs(mean[np.abs(expected) < NOTHING])
+    return float(nothing.max()) if nothing.size else np.nan
 
 
 def auroc(values: FloatArray, expected: FloatArray) -> float:
