@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import load
+from demo_runs import runs_on_demo, sound
 from test_engines import TOLERANCE, encodings, likely_tokens
 from test_paths import FAMILIES
 from test_truth import DISTRACTED, SINGLE, SUPPRESSED, TEXT, TWO_PATHS, one_row, pair, rates
 
 import lalm_patch
 from lalm_patch.analysis import about, planted_window
-from lalm_patch.checks import from_json
 from lalm_patch.engine import DirectEngine, ReplayEngine
 from lalm_patch.errors import ConfigError
 from lalm_patch.interventions import Input, Intervention, PathPatch, Receiver, Sender
@@ -85,28 +85,19 @@ RUNS = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lalm_patch.RunOutcome]:
     """A run of each kind on the demo."""
-    folder = tmp_path_factory.mktemp("runs")
-    return {name: lalm_patch.trace(*RUN, *own, f"outputs={folder}") for name, own in RUNS.items()}
+    return runs_on_demo(tmp_path_factory.mktemp("runs"), RUN, RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_are_labelled_checked_drawn_and_summed_up(outcomes: dict[str, lalm_patch.RunOutcome], name: str) -> None:
-    outcome = outcomes[name]
-    dataset = outcome.dataset
-    assert dataset is not None
-    assert dataset["recovery_rate"].dims == ("sample", "layer", "receiver_layer")
+    dataset, checks = sound(outcomes[name], "layer", "receiver_layer")
     assert dataset["layer"].attrs["long_name"].startswith("written in layer")
-    checks = {check.name: check for check in from_json(dataset.attrs["checks"])}
-    assert checks["replay_equals_direct"].value < TOLERANCE
     assert {"replay_at_load", "noise_floor"} <= set(checks)
     assert ("site_adds_up" in checks) == (about(dataset).site == "attn")
-    assert all(check.passed for check in checks.values())
     kept = dataset["recovery_rate"].where(dataset["kept"], drop=True)
-    assert np.isfinite(kept.values).all()
     written, read = np.meshgrid(dataset["layer"], dataset["receiver_layer"] + about(dataset).window - 1, indexing="ij")
     assert (kept.values[:, read <= written] == 0).all()
-    assert {"figure.png", "figure.csv"} <= {path.name for path in outcome.files}
-    assert "\npath     path " in outcome.summary
+    assert "\npath     path " in outcomes[name].summary
 
 
 def test_what_the_runs_say_of_the_demo(outcomes: dict[str, lalm_patch.RunOutcome]) -> None:

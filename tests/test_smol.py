@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from conftest import noise
 from huggingface_hub import HfApi
-from smol_checkpoint import DECODER, PLACEHOLDER, smol
+from safetensors.torch import load_file
 from test_cli import refused, run
 from test_real_decoder import some
 
@@ -28,17 +28,15 @@ from lalm_patch.run import dry_run
 from lalm_patch.settings import ModelSettings
 from lalm_patch.stimuli import Prompt, silence
 
+DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PLACEHOLDER = "<empty_output>"
 LAYERS = 30
+MOST_SHIPPED = 20e6  # bytes
 
 
 @pytest.fixture(scope="module")
-def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return smol(tmp_path_factory.mktemp("smol"))
-
-
-@pytest.fixture(scope="module")
-def lalm(overrides: tuple[str, ...]) -> LALM:
-    return LALM.load(settings(overrides))
+def lalm() -> LALM:
+    return LALM.load(settings())
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,8 @@ def gender() -> Prompt:
     return Prompt("Is the speaker male or female?", ("male", "female"), "The speaker is")
 
 
-def settings(overrides: tuple[str, ...], *others: str) -> ModelSettings:
-    return compose(*overrides, *others).model
+def settings(*others: str) -> ModelSettings:
+    return compose("model=smol", *others).model
 
 
 def installed() -> Path:
@@ -65,22 +63,22 @@ def installed() -> Path:
 # --- where the decoder comes from ------------------------------------------------------------------------------------
 
 
-def test_the_installed_package_is_used(overrides: tuple[str, ...], lalm: LALM) -> None:
-    checkpoint = find_checkpoint(settings(overrides))
+def test_the_installed_package_is_used(lalm: LALM) -> None:
+    checkpoint = find_checkpoint(settings())
     assert checkpoint.parts["decoder"].folder == installed()
     assert lalm.commit == checkpoint.revision
-    named = find_checkpoint(settings(overrides, f"model.decoder={installed()}"))
+    named = find_checkpoint(settings(f"model.decoder={installed()}"))
     assert named.revision == checkpoint.revision
     assert lalm.num_layers == LAYERS
     assert lalm.dtype is torch.float32
 
 
-def test_a_folder_of_the_same_weights(overrides: tuple[str, ...], lalm: LALM, tmp_path: Path) -> None:
+def test_a_folder_of_the_same_weights(lalm: LALM, tmp_path: Path) -> None:
     """The same words and numbers under another identity."""
     unpacked = load_gguf(installed(), dtype=torch.bfloat16)
     unpacked.save_pretrained(tmp_path)
     lalm.family.tokenizer.save_pretrained(tmp_path)
-    opened = LALM.load(settings(overrides, f"model.decoder={tmp_path}", "model.dtype=bfloat16"))
+    opened = LALM.load(settings(f"model.decoder={tmp_path}", "model.dtype=bfloat16"))
     assert opened.commit.split("+")[::2] == lalm.commit.split("+")[::2]
     assert opened.commit.split("+")[1] != lalm.commit.split("+")[1]
     decoder = opened.module.language_model.state_dict()
@@ -91,7 +89,7 @@ def test_a_folder_of_the_same_weights(overrides: tuple[str, ...], lalm: LALM, tm
         assert opened.family.tokenizer(text)["input_ids"] == lalm.family.tokenizer(text)["input_ids"]
 
 
-def test_neither_package_nor_hub(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_package_nor_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
@@ -99,7 +97,7 @@ def test_neither_package_nor_hub(overrides: tuple[str, ...], monkeypatch: pytest
     monkeypatch.setitem(packaged.PACKAGES, DECODER, packaged.Package("no-such-package-of-weights", "smol"))
     for opened in (LALM.outline, LALM.load):
         with pytest.raises(ModelError) as caught:
-            opened(settings(overrides))
+            opened(settings())
         said = str(caught.value)
         assert said.startswith(f"model.decoder={DECODER}: not in the local cache, and the hub cannot be reached")
         assert "connect, or give a local folder with model.decoder=" in said
@@ -126,6 +124,15 @@ def test_a_part_that_did_not_come_with_the_package(name: str, monkeypatch: pytes
         ModelError, match=rf"={name}: comes with lalm_patch and is missing from .*; reinstall lalm_patch"
     ):
         find_repository(name, setting="model.encoder" if name == "smol_whisper" else "model.id")
+
+
+def test_what_ships_is_small() -> None:
+    """Half precision, encoder and connector together; and nothing of the decoder."""
+    files = [file for name in ("smol", "smol_whisper") for file in BUNDLED[name].iterdir()]
+    assert sum(file.stat().st_size for file in files) < MOST_SHIPPED
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
 # --- the prompt ------------------------------------------------------------------------------------------------------
@@ -202,8 +209,8 @@ def test_replay_is_the_direct_engine(lalm: LALM, gender: Prompt, runs: tuple[Enc
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_the_demo_corpus(overrides: tuple[str, ...], lalm: LALM, tmp_path: Path) -> None:
-    done = run(tmp_path, *overrides, "data=demo", "attr=gender", "data.limit=2", "engine.spot_checks=2")
+def test_a_run_on_the_demo_corpus(lalm: LALM, tmp_path: Path) -> None:
+    done = run(tmp_path, "model=smol", "data=demo", "attr=gender", "data.limit=2", "engine.spot_checks=2")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "outputs").glob("smol-gender-layer-*/result.nc")
     with xr.open_dataset(path) as dataset:
@@ -214,25 +221,23 @@ def test_a_run_on_the_demo_corpus(overrides: tuple[str, ...], lalm: LALM, tmp_pa
         assert "transcript_clean" not in dataset  # it was given none
 
 
-def test_a_dry_run_reads_no_weights(
-    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt and the cost of a run, from the file's metadata."""
     monkeypatch.setattr(desta_loading, "load_gguf", None)
-    said = dry_run(compose(*overrides, "data=demo", "attr=gender", "data.limit=2", f"outputs={tmp_path}"))
+    said = dry_run(compose("model=smol", "data=demo", "attr=gender", "data.limit=2", f"outputs={tmp_path}"))
     assert f"{LAYERS} decoder layers" in said
     assert "16  x 16" in said  # the placeholder's id, and how many of them
     assert "targets  male 4672, female 4263" in said
     with pytest.raises(TypeError):
-        LALM.load(settings(overrides))
+        LALM.load(settings())
 
 
-def test_it_writes_no_transcripts(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_it_writes_no_transcripts(tmp_path: Path) -> None:
     """Known before weights are read."""
     message = "smol has an encoder alone and cannot write transcripts; set transcript=none, or to the text itself"
-    said = refused(tmp_path, *overrides, "data=demo", "transcript=clean")
+    said = refused(tmp_path, "model=smol", "data=demo", "transcript=clean")
     assert said.strip().splitlines()[-1].endswith(f"transcript=clean: {message}")
     assert "loading smol" not in said
-    asked = compose(*overrides, "data=demo", "transcript=upstream")
+    asked = compose("model=smol", "data=demo", "transcript=upstream")
     with pytest.raises(ConfigError, match=f"^transcript=upstream: {message}"):
         dry_run(asked)

@@ -50,7 +50,7 @@ COPIES = 4
 """Varied copies of every real recording."""
 EVERY_SYNTHETIC = 4
 """One in so many of the synthesised sentences is in the connector's training; all are in the encoder's."""
-PHONE_STEPS, CONNECTOR_STEPS, ANSWER_STEPS = (900, 1200), 1000, 150
+PHONE_STEPS, CONNECTOR_STEPS, ANSWER_STEPS = (900, 1200), 1000, (150, 400)
 PARTS = ("train", "validation")
 TRAINED_ON = ("emotion", "gender", "language")
 """Attributes with real recordings in the training; those of animals may not be used commercially and are left out."""
@@ -168,19 +168,11 @@ def make(options: argparse.Namespace) -> None:
     train_connector(
         heads, material, work / "connector.pt", steps=CONNECTOR_STEPS, batch=24, rate=1e-3, seed=seed, held_out=held_out
     )
-    path = work / "answers.pt"
-    train_answers(
-        connector,
-        decoder,
-        material,
-        silence,
-        path,
-        steps=ANSWER_STEPS,
-        batch=16,
-        rate=3e-4,
-        seed=seed,
-        held_out=held_out,
-    )
+    for turn, steps in enumerate(ANSWER_STEPS):
+        path = work / f"answers{turn}.pt"
+        train_answers(
+            connector, decoder, material, silence, path, steps=steps, batch=16, rate=3e-4, seed=turn, held_out=held_out
+        )
     save(encoder, connector, options.out)
     log.info("trained after %.1f min", (time.monotonic() - started) / 60)
 
