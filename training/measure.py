@@ -46,7 +46,8 @@ def _heard(lalm: LALM, material: Sequence[Clip], silence: bool) -> tuple[Shares,
     right: tuple[dict[str, list[bool]], ...] = ({}, {})
     for clip in material:
         # The transcript is the clip's in both: what silence is compared with differs in nothing else.
-        spoken = lalm.family.transcribe(clip.waveform, lalm.module) if lalm.family.reads_transcript else None
+        writes = lalm.family.transcribes(lalm.module)
+        spoken = lalm.family.transcribe(clip.waveform, lalm.module) if writes else None
         sounds = (clip.waveform, np.zeros_like(clip.waveform)) if silence else (clip.waveform,)
         for name, label in clip.labels.items():
             attribute = attributes()[name]
