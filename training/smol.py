@@ -237,13 +237,12 @@ def _heard(
     of_synthetic = []
     for index in some:
         known = _labels(synthetic[index])
-        said = teacher.shares(pooled(encoder, spectra[index])[None], {}) if "animal" not in known else {}
-        truth = {
-            name: functional.one_hot(torch.tensor(known[name]), len(attributes()[name].options)).float()
-            for name in known
-            if name == "animal"
-        }
-        of_synthetic.append((_copies(encoder, spectra[index], frames, 1, rng), known, said | truth))
+        if "animal" in known:
+            options = len(attributes()["animal"].options)
+            said = {"animal": functional.one_hot(torch.tensor(known["animal"]), options).float()}
+        else:
+            said = teacher.shares(pooled(encoder, spectra[index])[None], {})
+        of_synthetic.append((_copies(encoder, spectra[index], frames, 1, rng), known, said))
     log.info("synthetic clips are heard")
     plain = [taps(encoder, log_mel(clip.waveform, shaped), frames)[None] for clip in looked_at]
     return (
